@@ -1,0 +1,92 @@
+"""Text to token ids and back, exactly as PaliGemma was trained: a SentencePiece model plus loc, seg and image tokens.
+
+A SentencePiece file from the hub holds only Gemma's base pieces; the 1024 <loc>, 128 <seg> and the <image> token
+follow them in the embedding table. big_vision's own file holds them as pieces. Both work: the file is asked first.
+"""
+import codecs
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import sentencepiece
+
+LOC, SEG = 1024, 128  # how many location and segmentation tokens every PaliGemma has
+SPECIAL = re.compile(r"<loc(?:0\d{3}|10[01]\d|102[0-3])>|<seg(?:0\d\d|1[01]\d|12[0-7])>")
+
+
+class Tokenizer:
+  """path: a SentencePiece `tokenizer.model`. Raises ValueError if it is not one, or lacks the pieces Gemma needs."""
+
+  def __init__(self, path):
+    try:
+      self.model = sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes())
+    except RuntimeError:
+      raise ValueError(f"{path} is not a SentencePiece model; download tokenizer.model again") from None
+    names = [f"<loc{i:04d}>" for i in range(LOC)] + [f"<seg{i:03d}>" for i in range(SEG)] + ["<image>"]
+    base = self.model.get_piece_size()
+    known = [self.model.piece_to_id(name) for name in names]
+    unknown = self.model.unk_id()
+    self.ids = {name: base + i if id == unknown else id for i, (name, id) in enumerate(zip(names, known))}
+    self.names = {id: name for name, id in self.ids.items()}
+    self.bos, self.newline = self.model.bos_id(), self.model.piece_to_id("\n")
+    self.image = self.ids["<image>"]
+    if self.bos < 0 or self.newline == unknown:
+      raise ValueError(f"{path} has no <bos> or no newline piece: it is not a PaliGemma tokenizer")
+
+  def encode(self, text):
+    """str -> list of ids. <locNNNN> and <segNNN> are single ids; control names such as <bos> or <image> are plain text."""
+    ids, end = [], 0
+    for match in SPECIAL.finditer(text):
+      ids += self._plain(text[end:match.start()]) + [self.ids[match.group()]]
+      end = match.end()
+    return ids + self._plain(text[end:])
+
+  def _plain(self, text):
+    # SentencePiece never matches its control pieces in text, but a file that defines <image> or the like as a user
+    # piece would: such a name is encoded in two halves, which no piece can straddle.
+    halves = re.split(r"(?<=<)(?=(?:image|bos|eos|pad|unk)>)", text)
+    return [id for half in halves for id in self.model.encode(half)]
+
+  def prompt(self, text):
+    """str -> [bos, *text, newline], what follows the image tokens. The newline is tokenised with the text, as
+    transformers does, so a prompt that itself ends in a newline gives the piece for two."""
+    return [self.bos] + self.encode(text + "\n")
+
+  def piece(self, id):
+    """The UTF-8 bytes that token `id` adds to the answer: several byte tokens make one character."""
+    if id in self.names:
+      return b"" if id == self.image else self.names[id].encode()
+    if id >= self.model.get_piece_size() or self.model.is_control(id) or self.model.is_unknown(id):
+      return b""
+    name = self.model.id_to_piece(id)
+    return bytes([int(name[1:-1], 16)]) if self.model.is_byte(id) else name.replace("\u2581", " ").encode()
+
+  def decode(self, ids):
+    """list of ids -> str."""
+    return b"".join(map(self.piece, ids)).decode(errors="replace")
+
+  def stream(self, ids):
+    """Iterable of ids -> pieces of text, each as soon as its last byte is there; joined they equal decode(ids)."""
+    utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for id in ids:
+      if text := utf8.decode(self.piece(id)):
+        yield text
+    if rest := utf8.decode(b"", final=True):
+      yield rest
+
+
+@dataclass(frozen=True)
+class Box:
+  label: str
+  box: tuple  # (x1, y1, x2, y2) in pixels of the picture
+
+
+def parse_boxes(text, width, height):
+  """"<loc..><loc..><loc..><loc..> label ; ..." -> list of Box. What is not a box stays text."""
+  boxes = []
+  for part in text.split(";"):
+    match = re.fullmatch(r"\s*((?:<loc\d{4}>){4})(?:<seg\d{3}>)*([^<>]*)", part)
+    if match:
+      y1, x1, y2, x2 = (int(v) / 1023 for v in re.findall(r"\d{4}", match[1]))  # y before x; written as v * 1023
+      boxes.append(Box(match[2].strip(), (x1 * width, y1 * height, x2 * width, y2 * height)))
+  return boxes

@@ -1,0 +1,879 @@
+"""PaliGemma and PaliGemma 2 in one file: a picture and a question in, text and boxes out.
+
+    picture -- pixels (B, 3, S, S) -- patches (B, P, 3*14*14) -- SigLIP (B, P, Dv) -- projector (B, P, D) --+
+    prompt --- tokens (B, T) -------- embedding * sqrt(D) (B, T, D) ----------------------------------------+
+                                                                             prefix (B, P + T, D) ----------+
+    prefix --- Gemma, every token sees every other --> KV cache, logits (B, V) of the answer's first token
+    token ---- Gemma, sees everything so far --------> KV cache, logits (B, V) of the next token, and again
+
+Letters in shape comments: B batch, S image side, P image tokens (patches), T text tokens, C context (slots of the KV
+cache), H heads, K key/value heads, d head size, D width, V vocabulary. A Linear weight is (out, in), as in the files.
+"""
+import argparse
+import contextlib
+import ctypes.util
+import functools
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+from PIL import Image, ImageOps
+from tinygrad import Device, Tensor, TinyJit, UOp, dtypes
+from tinygrad.helpers import CPU_COUNT, DEV, Context
+from tinygrad.nn.state import get_state_dict
+from tinygrad.renderer import Estimates
+from tinygrad.renderer.cstyle import ClangRenderer
+from tinygrad.renderer.llvmir import LLVMRenderer
+from tinygrad.runtime.autogen import llvm
+from tinygrad.uop.ops import KernelInfo, Ops, ProgramInfo
+
+from tokenizer import Tokenizer, parse_boxes
+
+# ---- 1. Config ----
+class Fault(Exception):
+  """Something is wrong with what the user gave: the message says what, and what to do. The command line prints it and
+  exits with `code`: 2 for bad input, 1 for work that cannot go on."""
+  def __init__(self, message, code=2):
+    super().__init__(message)
+    self.code = code
+
+def read_config(path):
+  """A published config.json -> the sizes of a model. Fills in what those files leave out. Raises Fault."""
+  try:
+    top = json.loads(Path(path).read_text())
+    if top.get("model_type") != "paligemma":
+      raise Fault(f"{path}: model_type is {top.get('model_type')!r}, not 'paligemma'; give a PaliGemma folder")
+    vision, text = top["vision_config"], top["text_config"]
+    gemma2 = {"gemma": False, "gemma2": True}[text.get("model_type", "gemma")]
+    layers, head_dim = text["num_hidden_layers"], text.get("head_dim", 256)
+    kinds = text.get("layer_types") or ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
+    eos = top.get("eos_token_id") or text.get("eos_token_id") or 1
+    side, patch = vision.get("image_size", 224), vision.get("patch_size", 14)
+    return SimpleNamespace(
+      image_size=side,  # S, pixels
+      patch_size=patch,
+      patches=(side // patch) ** 2,  # P: derived, num_image_tokens and num_positions are wrong in some published files
+      vision_width=vision["hidden_size"], vision_layers=vision["num_hidden_layers"],
+      vision_heads=vision["num_attention_heads"], vision_mlp=vision["intermediate_size"],
+      vision_eps=vision.get("layer_norm_eps", 1e-6),
+      gemma2=gemma2,
+      width=text["hidden_size"],  # D
+      layers=layers,
+      heads=text.get("num_attention_heads", 8),  # H
+      kv_heads=text.get("num_key_value_heads", 4 if gemma2 else 1),  # K
+      head_dim=head_dim,  # d
+      mlp=text["intermediate_size"],
+      vocab=text.get("vocab_size", 257216),  # V
+      eps=text.get("rms_norm_eps", 1e-6),
+      rope_theta=(text.get("rope_parameters") or {}).get("rope_theta") or text.get("rope_theta", 10000.0),
+      query_scale=(text.get("query_pre_attn_scalar", 256) if gemma2 else head_dim) ** -0.5,
+      attn_softcap=text.get("attn_logit_softcapping", 50.0) or 0.0 if gemma2 else 0.0,  # 0: none
+      final_softcap=text.get("final_logit_softcapping", 30.0) or 0.0 if gemma2 else 0.0,
+      window=text.get("sliding_window", 4096),
+      sliding=[gemma2 and kind == "sliding_attention" for kind in kinds],  # one a layer: sees only the last `window` tokens
+      max_context=text.get("max_position_embeddings", 8192),
+      image_token=top.get("image_token_index", 257152),
+      eos=eos if isinstance(eos, list) else [eos],
+      note=top.get("note", ""))  # not in hub files: what the checkpoints of this repository say of themselves
+  except OSError as e:
+    raise Fault(f"{path}: {e.strerror}; a model folder holds config.json, *.safetensors and tokenizer.model") from None
+  except ValueError as e:
+    raise Fault(f"{path} is not JSON ({e}); download it again") from None
+  except (KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
+    raise Fault(f"{path}: {e} is missing or not understood; is it a PaliGemma config?") from None
+
+# ---- 2. Pixels ----
+MAX_PIXELS = 100_000_000
+
+def open_image(source):
+  """Path, file object or PIL image -> upright RGB PIL image. Raises Fault."""
+  name = getattr(source, "filename", "") or source
+  try:
+    image = source if isinstance(source, Image.Image) else Image.open(source)
+    if image.width * image.height > MAX_PIXELS:  # before decoding: a few kB can unpack to gigabytes
+      raise Image.DecompressionBombError
+    # exif_transpose: people mean the picture as their viewer shows it, and boxes are drawn on that
+    return ImageOps.exif_transpose(image).convert("RGB")
+  except Image.DecompressionBombError:
+    raise Fault(f"{name}: more than {MAX_PIXELS} pixels; make it smaller first") from None
+  except FileNotFoundError:
+    raise Fault(f"{name}: no such image") from None
+  except (OSError, ValueError, SyntaxError) as e:
+    raise Fault(f"{name}: not an image, or a damaged one ({e})") from None
+
+def to_pixels(source, side):
+  """Anything open_image takes, or a float32 array (3, S, S) in [-1, 1] taken as it is -> float32 (1, 3, S, S)."""
+  if isinstance(source, np.ndarray):
+    if source.shape != (3, side, side):
+      raise Fault(f"pixels have shape {source.shape}, this model needs (3, {side}, {side})")
+    return source.astype(np.float32)[None]
+  # Squeezed to a square, not cropped: boxes are relative to each side, so they unsqueeze by themselves.
+  image = open_image(source).resize((side, side), Image.Resampling.BICUBIC)
+  return ((np.asarray(image, np.float32) / 255 - 0.5) / 0.5).transpose(2, 0, 1)[None]  # (1, 3, S, S)
+
+# ---- 3. Building blocks ----
+class Linear:
+  def __init__(self, inputs, outputs, bias=False):
+    self.weight, self.bias = Tensor.empty(outputs, inputs), Tensor.empty(outputs) if bias else None
+  def __call__(self, x):
+    x = matmul(x, self.weight)
+    return x if self.bias is None else x + widen(self.bias)
+
+class Embedding:
+  def __init__(self, rows, width):
+    self.weight = Tensor.empty(rows, width)
+  def __call__(self, ids):
+    return widen(self.weight[ids])  # (B, T) -> (B, T, D)
+
+class LayerNorm:
+  def __init__(self, width, eps):
+    self.weight, self.bias, self.eps = Tensor.empty(width), Tensor.empty(width), eps
+  def __call__(self, x):
+    return x.layernorm(eps=self.eps) * widen(self.weight) + widen(self.bias)
+
+class RMSNorm:
+  def __init__(self, width, eps):
+    self.weight, self.eps = Tensor.empty(width), eps
+  def __call__(self, x):
+    # 1 + weight: Gemma stores the distance from one, so that a weight of zero changes nothing.
+    return x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt() * (1 + widen(self.weight))
+
+def attention(q, k, v, scale, mask=None, softcap=0.0):
+  """q (B, H, T, d), k and v (B, K, C, d), mask (B, 1, 1, T or 1, C), True where a query may look -> (B, T, H * d).
+  Query head h reads key/value head h // (H / K). Logits and softmax in float32: bfloat16 ones move the argmax."""
+  B, H, T, d = q.shape
+  K, C = k.shape[1:3]
+  logits = gemm(q.reshape(B, K, H // K * T, d), k, "nt", batched=True).reshape(B, K, H // K, T, C) * scale
+  if softcap:
+    logits = (logits / softcap).tanh() * softcap  # before the mask: after it, -inf would become -softcap
+  if mask is not None:
+    logits = mask.where(logits, -math.inf)
+  # contiguous: fused into the product, every exponential would be computed again for each of the d outputs
+  weights = logits.softmax(-1).contiguous().reshape(B, K, H // K * T, C)
+  return gemm(weights, v, "nn", batched=True).reshape(B, H, T, d).transpose(1, 2).reshape(B, T, H * d)
+
+# ---- 4. SigLIP: patches to features ----
+class Attention:
+  def __init__(self, width, heads):
+    self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(width, width, bias=True) for _ in range(4))
+    self.heads = heads
+  def __call__(self, x):
+    B, P, D = x.shape
+    q, k, v = (f(x).reshape(B, P, self.heads, -1).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
+    return self.out_proj(attention(q, k, v, (D // self.heads) ** -0.5))  # (B, H, P, d) each -> (B, P, D)
+
+class MLP:
+  def __init__(self, width, hidden):
+    self.fc1, self.fc2 = Linear(width, hidden, bias=True), Linear(hidden, width, bias=True)
+  def __call__(self, x):
+    return self.fc2(self.fc1(x).gelu().contiguous())  # gelu: the tanh form, as in Gemma
+
+class EncoderLayer:
+  def __init__(self, c):
+    self.layer_norm1, self.layer_norm2 = (LayerNorm(c.vision_width, c.vision_eps) for _ in range(2))
+    self.self_attn, self.mlp = Attention(c.vision_width, c.vision_heads), MLP(c.vision_width, c.vision_mlp)
+  def __call__(self, x):
+    x = x + self.self_attn(self.layer_norm1(x))
+    return (x + self.mlp(self.layer_norm2(x))).contiguous()
+
+class SigLIP:
+  """SimpleNamespace stands for the levels of the checkpoint's names that do nothing."""
+  def __init__(self, c):
+    # The checkpoint's convolution has stride = kernel = patch size: one matmul a patch. load_weights flattens its kernel.
+    patches = Linear(3 * c.patch_size ** 2, c.vision_width, bias=True)
+    self.embeddings = SimpleNamespace(patch_embedding=patches, position_embedding=Embedding(c.patches, c.vision_width))
+    self.encoder = SimpleNamespace(layers=[EncoderLayer(c) for _ in range(c.vision_layers)])
+    self.post_layernorm, self.patch = LayerNorm(c.vision_width, c.vision_eps), c.patch_size
+
+  def __call__(self, pixels):
+    """(B, 3, S, S) -> (B, P, Dv). PaliGemma uses every patch: no class token, no pooling head."""
+    B, _, S, _ = pixels.shape
+    p, g = self.patch, S // self.patch  # pixels of a patch's side, patches of the image's side
+    x = pixels[:, :, :g * p, :g * p].reshape(B, 3, g, p, g, p).permute(0, 2, 4, 1, 3, 5).reshape(B, g * g, 3 * p * p)
+    x = self.embeddings.patch_embedding(x) + widen(self.embeddings.position_embedding.weight)  # (B, P, Dv)
+    for layer in self.encoder.layers:
+      x = layer(x)
+    return self.post_layernorm(x)
+
+# ---- 5. Gemma: positions, attention, blocks ----
+def rope_table(c, positions):
+  """(T,) positions -> cos and sin, each (T, d / 2), float32 as transformers computes them."""
+  frequency = np.float32(c.rope_theta) ** (-np.arange(0, c.head_dim, 2, dtype=np.float32) / c.head_dim)
+  angle = positions[:, None].astype(np.float32) * frequency[None]
+  return np.cos(angle), np.sin(angle)
+
+def rope(x, cos, sin):
+  """Turn each pair (i, i + d/2) of x (B, H, T, d) by its position's angle. Half-split, not interleaved pairs."""
+  a, b = x.chunk(2, dim=-1)
+  return (a * cos - b * sin).cat(b * cos + a * sin, dim=-1)
+
+class GemmaAttention:
+  def __init__(self, c):
+    self.q_proj, self.o_proj = Linear(c.width, c.heads * c.head_dim), Linear(c.heads * c.head_dim, c.width)
+    self.k_proj, self.v_proj = (Linear(c.width, c.kv_heads * c.head_dim) for _ in range(2))
+    self.config = c
+
+  def __call__(self, x, cos, sin, mask, store):
+    c = self.config
+    B, T, _ = x.shape
+    q, k, v = (f(x).reshape(B, T, -1, c.head_dim).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
+    k, v = store(rope(k, cos, sin), v)  # (B, K, T, d) new -> (B, K, C, d) all
+    return self.o_proj(attention(rope(q, cos, sin), k, v, c.query_scale, mask, c.attn_softcap))
+
+class GemmaMLP:
+  def __init__(self, width, hidden):
+    self.gate_proj, self.up_proj, self.down_proj = Linear(width, hidden), Linear(width, hidden), Linear(hidden, width)
+
+  def __call__(self, x):
+    return self.down_proj((self.gate_proj(x).gelu() * self.up_proj(x)).contiguous())
+
+class Block:
+  """Gemma 2 differs from Gemma in four things: each half of a block is also normalised on its way out, soft-caps on
+  attention and final logits, a query scale of its own, and sliding windows in some layers."""
+  def __init__(self, c):
+    self.input_layernorm, self.post_attention_layernorm = (RMSNorm(c.width, c.eps) for _ in range(2))
+    if c.gemma2:
+      self.pre_feedforward_layernorm, self.post_feedforward_layernorm = (RMSNorm(c.width, c.eps) for _ in range(2))
+    self.self_attn, self.mlp, self.gemma2 = GemmaAttention(c), GemmaMLP(c.width, c.mlp), c.gemma2
+
+  def __call__(self, x, *attention_inputs):
+    h = self.self_attn(self.input_layernorm(x), *attention_inputs)
+    if self.gemma2:  # post_attention_layernorm: here it is applied to the output of the attention ...
+      x = x + self.post_attention_layernorm(h)
+      return (x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))).contiguous()
+    x = x + h
+    return (x + self.mlp(self.post_attention_layernorm(x))).contiguous()  # ... and in Gemma 1 to the MLP's input
+
+class Gemma:
+  def __init__(self, c):
+    self.embed_tokens, self.norm = Embedding(c.vocab, c.width), RMSNorm(c.width, c.eps)
+    self.layers, self.config = [Block(c) for _ in range(c.layers)], c
+
+  def embed(self, ids):
+    # Only text is multiplied by sqrt(D), the projected image is not. The factor is rounded to the weights' type, as in
+    # transformers: sqrt(2048) = 45.2548 is 45.25 in bfloat16.
+    scale = round_to(self.config.width ** 0.5, self.embed_tokens.weight.dtype)
+    return self.embed_tokens(ids) * scale
+
+  def __call__(self, x, cos, sin, masks, stores):
+    """x (B, T, D), cos and sin (B or 1, 1, T, d / 2), masks (full, sliding), stores: one a layer -> (B, T, D)."""
+    for layer, sliding, store in zip(self.layers, self.config.sliding, stores):
+      x = layer(x, cos, sin, masks[sliding], store)
+    return self.norm(x)
+
+  def logits(self, x):
+    """(B, D) -> (B, V), with the embedding matrix as the head."""
+    logits, cap = matmul(x, self.embed_tokens.weight), self.config.final_softcap
+    return (logits / cap).tanh() * cap if cap else logits
+
+class PaliGemma:
+  """All weights. Attribute names are the checkpoint's, so a weight's path here is its name in the file."""
+  def __init__(self, c):
+    self.vision_tower, self.language_model = SigLIP(c), Gemma(c)
+    self.multi_modal_projector = SimpleNamespace(linear=Linear(c.vision_width, c.width, bias=True))
+
+# ---- 6. KV cache ----
+NOWHERE = -10 ** 9  # the position of a slot that nobody may look at
+
+def text_bucket(length):
+  """Prompt lengths are padded to 8, 16, 32, ...: at most a handful of programs to compile, few wasted rows."""
+  return max(8, 1 << (length - 1).bit_length())
+
+def layout(lengths, image_tokens, T, C):
+  """Prompt lengths (B,) -> the position of each cache slot, (B, C) int32, NOWHERE for padding. A row is
+  [image][padding][prompt][answer]: prompts of different lengths share one program, each row's last prompt token is the
+  last of the prefill, and slot = position for all text. The image moves up by the padding instead: RoPE only sees
+  distances, and those stay as if there were no padding."""
+  slots, pad = np.arange(C)[None], T - np.array(lengths)[:, None]
+  image, padding = slots < image_tokens, (slots >= image_tokens) & (slots < image_tokens + pad)
+  return np.where(image, slots + pad, np.where(padding, NOWHERE, slots)).astype(np.int32)
+
+class Cache:
+  """A static KV cache: one (2, B, K, C, d) tensor a layer. Never grows, so one compiled step serves every token."""
+  def __init__(self, c, B, C, device):
+    shape = (2, B, c.kv_heads, C, c.head_dim)
+    self.layers = [Tensor.zeros(shape, device=device).contiguous().realize() for _ in range(c.layers)]
+    self.rope = [Tensor(t, device=device).realize() for t in rope_table(c, np.arange(C))]
+  def stores(self, start, length, seen):
+    """For each layer a function that writes new k and v (B, K, length, d) into the slots from `start` and returns the
+    first `seen` slots of all k and v."""
+    def store_in(cache):
+      def store(k, v):
+        slots = cache[:, :, :, start:start + length]
+        written = Tensor(cache.uop.after(slots.uop.store(k.stack(v).uop)))  # reading this waits for the write
+        return written[0, :, :, :seen], written[1, :, :, :seen]
+      return store
+    return [store_in(cache) for cache in self.layers]
+
+def choose(logits):
+  """(B, V) -> (B,) int32: the likeliest token, or -1 where a logit is NaN."""
+  return logits.isnan().any(-1).where(-1, logits.argmax(-1)).cast(dtypes.int32)
+
+# ---- 7. Sampling ----
+def check_sampling(max_tokens, temperature, top_k, top_p):
+  for wrong, message in ((max_tokens < 1, f"--max-tokens {max_tokens}: at least 1"),
+                         (not 0 <= temperature < math.inf, f"--temperature {temperature}: 0 (greedy) or more"),
+                         (top_k < 0, f"--top-k {top_k}: 0 (off) or more"),
+                         (not 0 < top_p <= 1, f"--top-p {top_p}: above 0 and at most 1")):
+    if wrong:
+      raise Fault(message)
+
+def sample(logits, temperature, top_k, top_p, rng):
+  """(V,) float32 -> token id. Temperature first, then top-k (0: off), then top-p of what is left."""
+  logits = logits.astype(np.float64) / temperature
+  if 0 < top_k < len(logits):
+    logits[logits < np.partition(logits, -top_k)[-top_k]] = -np.inf
+  p = np.exp(logits - logits.max())
+  p /= p.sum()
+  order = np.argsort(-p, kind="stable")
+  before = np.cumsum(p[order]) - p[order]  # the mass of all likelier tokens
+  p[order[before >= top_p]] = 0
+  return int(rng.choice(len(p), p=p / p.sum()))
+
+# ---- 8. Generate ----
+MAX_TOKENS = 256  # room for several boxes and masks: a box is 4 tokens and its label, a mask 16 more
+
+@dataclass(frozen=True)
+class Answer:
+  text: str
+  tokens: list
+  boxes: list  # of Box
+
+class VLM:
+  """A loaded model and its compiled programs, one for each shape that came up: vision, prefill and one decode step.
+  An image is a path, a file object, a PIL image or a float32 array (3, S, S) in [-1, 1]; a list of them is several
+  pictures of one question."""
+  def __init__(self, net, config, tokenizer, device, max_context=None):
+    self.net, self.config, self.tokenizer, self.device = net, config, tokenizer, device
+    self.max_context = min(max_context or config.max_context, config.max_context)
+    self.bytes = sum(t.nbytes() for t in get_state_dict(net.language_model).values())  # what a decode step reads
+    self.programs, self.caches, self.features, self.timings = {}, {}, {}, {}
+
+  def _run(self, key, function, *inputs):
+    if key not in self.programs:
+      status(f"compiling {key[0]} (the first time only)")
+      self.programs[key] = TinyJit(function)
+      self.programs[key].cnt = 1  # capture on the first call: the usual dry run would schedule everything twice
+    return self.programs[key](*inputs)
+
+  def _tensor(self, array):
+    return Tensor(array, device=self.device).realize()
+
+  def _cache(self, B, C):
+    if (B, C) not in self.caches:
+      self.caches[B, C] = Cache(self.config, B, C, self.device)
+    return self.caches[B, C]
+
+  def vision(self, pixels):
+    """float32 (1, 3, S, S) -> SigLIP's features (1, P, Dv) and the projected ones (1, P, D)."""
+    def run(pixels):
+      features = self.net.vision_tower(pixels).contiguous()
+      return features, self.net.multi_modal_projector.linear(features).contiguous()  # used as it is: no scaling
+    return [t.clone().realize() for t in self._run(("vision",), run, self._tensor(pixels))]
+
+  def image_features(self, image):
+    """-> projected features (1, P, D), kept for the last few pictures: a second question costs no vision."""
+    pixels = to_pixels(image, self.config.image_size)
+    key = pixels.tobytes()
+    if key not in self.features:
+      if len(self.features) == 8:
+        self.features.pop(next(iter(self.features)))
+      self.features[key] = self.vision(pixels)[1]
+    return self.features[key]
+
+  def prefill(self, image, ids, where):
+    """image (B, P, D), ids (B, T) right-aligned, where (B, C): see layout -> next token (B,), its logits (B, V)."""
+    B, n, C = image.shape[0], image.shape[1] + ids.shape[1], where.shape[1]
+    cache, gemma = self._cache(B, C), self.net.language_model
+    def run(image, ids, cos, sin, seen):
+      # No mask but for padding: image and prompt all see each other, in Gemma 2's sliding layers too.
+      x = gemma(image.cat(gemma.embed(ids), dim=1), cos, sin, (seen, seen), cache.stores(0, n, n))
+      logits = gemma.logits(x[:, -1].contiguous()).contiguous()
+      return choose(logits), logits
+    cos, sin = rope_table(self.config, where[:, :n].clip(0).reshape(-1))
+    inputs = ids.astype(np.int32), cos.reshape(B, 1, n, -1), sin.reshape(B, 1, n, -1), where[:, None, None, None, :n] >= 0
+    return self._run(("prefill", B, n, C), run, image, *map(self._tensor, inputs))
+
+  def decode(self, token, position, where):
+    """token (B,) at slot `position`, where (B, C) -> next token (B,), its logits (B, V). One program for all positions."""
+    B, C = where.shape
+    cache, gemma = self._cache(B, C), self.net.language_model
+    def run(token, position, where):
+      cos, sin = (t[position:position + 1] for t in cache.rope)
+      seen = ((where >= 0) & (where <= position)).reshape(B, 1, 1, 1, C)
+      near = seen & (where > position - self.config.window).reshape(B, 1, 1, 1, C)
+      x = gemma(gemma.embed(token.reshape(B, 1)), cos, sin, (seen, near), cache.stores(position, 1, C))
+      logits = gemma.logits(x[:, -1].contiguous()).contiguous()
+      return choose(logits), logits
+    return self._run(("decode", B, C), run, token, UOp.variable("position", 0, C - 1).bind(position), where)
+
+  def _prefix(self, images, prompts, max_tokens):
+    """-> next token (B,) and logits (B, V) after the prefix, where (B, C), the next slot."""
+    prompts = [self.tokenizer.prompt(prompt) for prompt in prompts]
+    rows = [image if isinstance(image, (list, tuple)) else [image] for image in images]
+    P, T = self.config.patches * len(rows[0]), text_bucket(max(map(len, prompts)))
+    if P + T + max_tokens > self.max_context:
+      raise Fault(f"the prompt does not fit: {P} image + {T} text + {max_tokens} answer positions are more than the "
+                  f"context's {self.max_context}; shorten the prompt or lower --max-tokens")
+    C = min(-(-(P + T + max_tokens) // 256) * 256, self.max_context)  # in steps of 256: seldom another program
+    start = time.perf_counter()
+    image = Tensor.cat(*[Tensor.cat(*map(self.image_features, row), dim=1) for row in rows]).contiguous().realize()
+    self.timings |= {"vision_s": time.perf_counter() - start, "decode_tok_s": None}
+    ids = np.array([[0] * (T - len(prompt)) + prompt for prompt in prompts])
+    where, start = layout([len(prompt) for prompt in prompts], P, T, C), time.perf_counter()
+    token, logits = self.prefill(image, ids, where)
+    token = token.numpy()
+    self.timings["prefill_s"] = time.perf_counter() - start
+    return token, logits, where, P + T
+
+  def logits(self, image, prompt):
+    """-> np.float32 (V,): next-token logits after the prefix."""
+    return self._prefix([image], [prompt], 1)[1].numpy()[0]
+
+  def tokens(self, images, prompts, max_tokens=MAX_TOKENS, temperature=0.0, top_k=0, top_p=1.0, seed=None):
+    """Lists of B images and B prompts. Yields, step by step, a list of B token ids; None once a row's answer has ended."""
+    check_sampling(max_tokens, temperature, top_k, top_p)
+    if len(images) != len(prompts) or not prompts:
+      raise Fault(f"{len(images)} images for {len(prompts)} prompts: give one for each")
+    token, logits, where, position = self._prefix(images, prompts, max_tokens)
+    where = self._tensor(where)
+    rngs = [np.random.default_rng(seed) for _ in prompts]  # all alike: a row of a batch draws what it would draw alone
+    done, start = [False] * len(prompts), time.perf_counter()
+    for step in range(1, max_tokens + 1):
+      if (token < 0).any():
+        raise Fault("the logits are NaN: the weights are damaged, or too large for their number type", code=1)
+      if temperature > 0:
+        token = np.array([sample(row, temperature, top_k, top_p, rng) for row, rng in zip(logits.numpy(), rngs)], np.int32)
+      done = [end or id in self.config.eos for end, id in zip(done, token.tolist())]
+      if all(done):
+        return
+      yield [None if end else id for end, id in zip(done, token.tolist())]
+      if step < max_tokens:
+        token, logits = self.decode(self._tensor(token), position, where)
+        token, position = token.numpy(), position + 1
+        self.timings["decode_tok_s"] = step / (time.perf_counter() - start)
+
+  def stream(self, image, prompt, **options):
+    """Yields the answer as str pieces, each as soon as it is known. Options as in `tokens`."""
+    return self.tokenizer.stream(row[0] for row in self.tokens([image], [prompt], **options))
+
+  def generate(self, images, prompts, **options):
+    """Lists of B images and B prompts -> list of B Answers. Options as in `tokens`."""
+    images = [image if isinstance(image, (np.ndarray, list, tuple)) else open_image(image) for image in images]
+    rows = list(self.tokens(images, prompts, **options))
+    return [self.answer(image, [row[i] for row in rows if row[i] is not None]) for i, image in enumerate(images)]
+
+  def answer(self, image, tokens):
+    """Boxes are in pixels of the picture (of the square for an array; of the first of several pictures)."""
+    text = self.tokenizer.decode(tokens)
+    image = image[0] if isinstance(image, (list, tuple)) else image
+    size = image.shape[:0:-1] if isinstance(image, np.ndarray) else open_image(image).size
+    return Answer(text, tokens, parse_boxes(text, *size))
+
+# ---- 9. Weights ----
+# bfloat16 has no fast arithmetic on a CPU: such weights stay the 16 bits that they are in the file, widened where used.
+TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+MAPS = []  # a tensor over borrowed memory does not keep it alive
+
+def widen(t):
+  """Any weight -> float32. uint16 holds the bits of bfloat16, which are the upper half of a float32."""
+  return (t.cast(dtypes.uint32) << 16).bitcast(dtypes.float32) if t.dtype == dtypes.uint16 else t.float()
+
+def round_to(value, dtype):
+  """A float -> the nearest value of the weights' type."""
+  if dtype == dtypes.uint16:
+    return float((np.float32(value).view(np.uint32) + 0x8000 & 0xFFFF0000).astype(np.uint32).view(np.float32))
+  return float(np.float16(value)) if dtype == dtypes.float16 else value
+
+def canonical(name):
+  """The name of a tensor in any of the published layouts -> its path in PaliGemma."""
+  name = re.sub(r"^((model|vlm|base_model|paligemma|paligemma_with_expert)\.)+", "", name)
+  name = re.sub(r"^language_model\.(model\.|(?=lm_head\.))", "language_model.", name)
+  return re.sub(r"^vision_tower\.vision_model\.", "vision_tower.", name)
+
+def read_tensors(path):
+  """A safetensors file -> {name: array}, views of the mapped file; bfloat16 as uint16. Raises Fault."""
+  from safetensors import SafetensorError, safe_open
+  try:
+    with safe_open(path, "numpy"):  # checks the header: its length, and that the tensors fill the file without overlap
+      data = np.memmap(path, np.uint8, "c")
+    start = 8 + int(data[:8].view(np.uint64)[0])
+    header = json.loads(bytes(data[8:start]))
+  except FileNotFoundError:
+    raise Fault(f"{path}: no such file; download the whole repository") from None
+  except (SafetensorError, OSError, ValueError) as e:
+    raise Fault(f"{path}: not a complete safetensors file ({e}); download it again") from None
+  MAPS.append(data)
+  tensors, data = {}, np.asarray(data)[start:]
+  for name, t in header.items():
+    if name != "__metadata__":
+      if t["dtype"] not in TYPES:
+        raise Fault(f"{path}: {name} is {t['dtype']}; weights must be float32, float16 or bfloat16")
+      tensors[name] = data[slice(*t["data_offsets"])].view(TYPES[t["dtype"]]).reshape(t["shape"])
+  return tensors
+
+def weight_files(folder):
+  """-> the safetensors files of a folder: those that the index names, else all. Raises Fault."""
+  index = folder / "model.safetensors.index.json"
+  try:
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    if wrong := [name for name in names if Path(name).name != name]:
+      raise Fault(f"{index} names {wrong[0]!r}, which is not in the folder; download it again")
+  except FileNotFoundError:
+    names = sorted(f.name for f in folder.glob("*.safetensors")) or ["model.safetensors"]
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    raise Fault(f"{index} is not a safetensors index ({e!r}); download it again") from None
+  return [folder / name for name in names]
+
+def read_weights(folder):
+  """-> {path in PaliGemma: array} of a whole folder. Raises Fault."""
+  arrays = {}
+  for path in weight_files(folder):
+    for name, array in read_tensors(path).items():
+      if canonical(name) in arrays:
+        raise Fault(f"{path}: {name} is there twice")
+      arrays[canonical(name)] = array
+  arrays = {n: a for n, a in arrays.items() if not n.endswith((".position_ids", ".inv_freq"))}  # constants, once saved
+  embedding, head = "language_model.embed_tokens.weight", arrays.pop("language_model.lm_head.weight", None)
+  head = arrays.pop("lm_head.weight", head)
+  if head is not None:  # the head is the embedding matrix; some files hold it twice, some only under this name
+    if not np.array_equal(arrays.setdefault(embedding, head), head):
+      raise Fault(f"{folder}: lm_head differs from embed_tokens, but PaliGemma ties them; this is another model")
+  patches = "vision_tower.embeddings.patch_embedding.weight"
+  if patches in arrays:
+    arrays[patches] = arrays[patches].reshape(len(arrays[patches]), -1)  # (Dv, 3, p, p): see SigLIP
+  return arrays
+
+def check_names(expected, found):
+  """Both {name: shape}. A missing tensor would stay random, an extra one means another model: neither is let pass."""
+  wrong = {"missing": [n for n in expected if n not in found],
+           "not part of the model": [n for n in found if n not in expected],
+           "not the shape config.json says": [f"{n} {found[n]}, not {shape}" for n, shape in expected.items()
+                                              if found.get(n, shape) != shape]}
+  parts = [f"{what}: {', '.join(names[:3])}{f' and {len(names) - 3} more' * (len(names) > 3)}"
+           for what, names in wrong.items() if names]
+  if parts:
+    raise Fault(f"the weights do not fit config.json; {'; '.join(parts)}")
+
+def to_tensor(array, device):
+  """A weight on the device. On a CPU a view of the mapped file where that is aligned as compiled code expects."""
+  if device.startswith("CPU") and array.ctypes.data % 64 == 0:
+    dtype = {np.float32: dtypes.float32, np.float16: dtypes.float16, np.uint16: dtypes.uint16}[array.dtype.type]
+    return Tensor.from_blob(array.ctypes.data, array.shape, dtype=dtype, device=device)
+  return Tensor(array, device=device).realize()
+
+def prepare_cpu():
+  """tinygrad's CPU device calls clang. Without one: zig's (from PyPI), then libLLVM, then its own, slow, assembler."""
+  if "CC" in os.environ or DEV.renderer or shutil.which("clang"):
+    return
+  try:
+    import ziglang
+    wrapper = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vlm" / "zig-clang"
+    text = f"#!/bin/sh\nexec '{Path(ziglang.__file__).parent / 'zig'}' clang \"$@\"\n"
+    if not wrapper.exists() or wrapper.read_text() != text:
+      wrapper.parent.mkdir(parents=True, exist_ok=True)
+      wrapper.write_text(text)
+      wrapper.chmod(0o755)
+    os.environ["CC"] = str(wrapper)
+  except (ImportError, OSError):
+    DEV.value = "CPU:LLVM" if ctypes.util.find_library("LLVM-15") or ctypes.util.find_library("LLVM") else "CPU:X86"
+    print("no C compiler found, answers will be slow; `pip install ziglang`, or install clang", file=sys.stderr)
+
+def load(folder, device=None, max_context=None):
+  """A PaliGemma folder (config.json, *.safetensors, tokenizer.model) -> VLM. Raises Fault."""
+  start, folder = time.perf_counter(), Path(folder)
+  config = read_config(folder / "config.json")
+  try:
+    tokenizer = Tokenizer(folder / "tokenizer.model")
+  except (OSError, ValueError) as e:
+    raise Fault(f"{folder}: {e}") from None
+  try:
+    device = Device.canonicalize(device)
+    if device.startswith("CPU"):
+      prepare_cpu()
+    if isinstance(Device[device].renderer, LLVMRenderer):
+      with contextlib.suppress(AttributeError):  # LLVM 15 must be told what newer ones take for granted
+        llvm.dll.LLVMContextSetOpaquePointers(Device[device].compiler.context, 1)
+  except Exception as e:  # whatever a driver that is not there raises
+    raise Fault(f"device {device or DEV.device} cannot be used here ({e}); leave --device and DEV out for what can") from None
+  net, arrays = PaliGemma(config), read_weights(folder)
+  places = get_state_dict(net)
+  check_names({n: t.shape for n, t in places.items()}, {n: a.shape for n, a in arrays.items()})
+  for name, place in places.items():
+    place.replace(to_tensor(arrays[name], device))
+  model = VLM(net, config, tokenizer, device, max_context)
+  model.timings["load_s"] = time.perf_counter() - start
+  return model
+
+# ---- 10. Kernels ----
+def matmul(x, w):
+  """x (..., K) @ w (N, K).T -> (..., N) float32."""
+  return gemm(x, widen(w), "nt")
+
+# Registers: 32 of 16 floats (AVX-512), 16 of 8 (AVX2), 32 of 4 (NEON). A tile of MR rows x NV vectors of sums leaves room for the operands.
+HEAD = """
+#if defined(__AVX512F__)
+#define W 16
+#define MR 12
+#elif defined(__AVX__)
+#define W 8
+#define MR 6
+#else
+#define W 4
+#define MR 12
+#endif
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("clang loop unroll(full)")
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+typedef float vec __attribute__((vector_size(4 * W), aligned(4)));  // aligned(4): file views start anywhere
+"""
+
+GEMM = """
+#define NR (2 * W)
+#define PC 256  // the panel of b, PC x NR floats, stays in the first-level cache
+INLINE void tile(const int R, float *c, const float *a, const float *panel, int pn, int jn, int add) {
+  vec s[MR][2];
+  UNROLL for (int r = 0; r < R; r++) s[r][0] = s[r][1] = (vec){0};
+  for (int p = 0; p < pn; p++) {
+    vec b0 = *(vec *)(panel + p * NR), b1 = *(vec *)(panel + p * NR + W);
+    UNROLL for (int r = 0; r < R; r++) {
+      float x = a[(long)r * A_I + (long)p * A_P];
+      s[r][0] += x * b0;
+      s[r][1] += x * b1;
+    }
+  }
+  UNROLL for (int r = 0; r < R; r++) {
+    float *o = c + (long)r * J;
+    if (jn == NR) {
+      *(vec *)o = add ? *(vec *)o + s[r][0] : s[r][0];
+      *(vec *)(o + W) = add ? *(vec *)(o + W) + s[r][1] : s[r][1];
+    } else for (int j = 0; j < jn; j++) {
+      float v = ((float *)s[r])[j];
+      o[j] = add ? o[j] + v : v;
+    }
+  }
+}
+void gemm(float *restrict out, const float *restrict a, const float *restrict b, const int core_id) {
+  float panel[PC * NR] __attribute__((aligned(64)));
+  // each core takes a share of the longest of: batch, columns, rows
+  int n = BATCH > 1 ? BATCH : J >= I ? (J + NR - 1) / NR : (I + MR - 1) / MR;
+  int lo = (long)n * core_id / CORES, hi = (long)n * (core_id + 1) / CORES;
+  int z0 = 0, z1 = 1, j0 = 0, j1 = J, i0 = 0, i1 = I;
+  if (BATCH > 1) { z0 = lo; z1 = hi; }
+  else if (J >= I) { j0 = lo * NR; j1 = MIN(J, hi * NR); }
+  else { i0 = lo * MR; i1 = MIN(I, hi * MR); }
+  for (int z = z0; z < z1; z++) for (int j = j0; j < j1; j += NR) for (int p = 0; p < P; p += PC) {
+    int jn = MIN(J - j, NR), pn = MIN(P - p, PC);
+    const float *bz = b + (long)z * P * J + (long)p * B_P + (long)j * B_J, *az = a + (long)z * I * P + (long)p * A_P;
+    if (B_J == 1 && jn == NR)
+      for (int q = 0; q < pn; q++) UNROLL for (int k = 0; k < NR; k += W) *(vec *)(panel + q * NR + k) = *(vec *)(bz + q * (long)J + k);
+    else
+      for (int q = 0; q < pn; q++) for (int k = 0; k < NR; k++) panel[q * NR + k] = k < jn ? bz[(long)q * B_P + (long)k * B_J] : 0;
+    float *c = out + ((long)z * I) * J + j;
+    int i = i0;
+    for (; i + MR <= i1; i += MR) tile(MR, c + (long)i * J, az + (long)i * A_I, panel, pn, jn, p > 0);
+    if (i < i1) tile(I % MR, c + (long)i * J, az + (long)i * A_I, panel, pn, jn, p > 0);
+  }
+}
+"""
+
+def cores() -> int: return CPU_COUNT.value
+
+@functools.cache
+def has_c_compiler() -> bool:
+  """True where the CPU device takes C: not with DEV=CPU:LLVM or CPU:X86, nor without clang."""
+  with Context(ALLOW_DEVICE_USAGE=1):  # @function forbids Device[...] inside
+    return isinstance(Device["CPU"].renderer, ClangRenderer) and shutil.which(os.getenv("CC", "clang")) is not None
+
+def program(name:str, source:str, defines:dict, estimates:Estimates, bufs:tuple[UOp, ...]) -> UOp:
+  """Wraps C source as a tinygrad program: writes bufs[0], reads the rest, runs on every core."""
+  core_id = UOp.variable("core_id", 0, cores() - 1, dtypes.int)
+  sink = UOp.sink(*bufs, core_id, arg=KernelInfo(name=name, estimates=estimates))
+  source = "".join(f"#define {k} {v}\n" for k, v in defines.items()) + HEAD + source
+  info = ProgramInfo(name=name, global_size=(cores(), 1, 1), local_size=None, vars=(core_id,), globals=tuple(range(len(bufs))),
+                     outs=(0,), ins=tuple(range(1, len(bufs))))
+  return UOp(Ops.PROGRAM, src=(sink, UOp(Ops.DEVICE, arg="CPU"), UOp(Ops.LINEAR, src=(*sink.src, sink)), UOp(Ops.SOURCE, arg=source)), arg=info)
+
+def gemm(a:Tensor, b:Tensor, kind:str="nt", batched:bool=False) -> Tensor:
+  """float32, differentiable: "nn" a @ b, "nt" a @ b.T, "tn" a.T @ b; a is (.., I, P), b is (P, J), before those transposes.
+  batched: b has the leading dimensions of a; otherwise those are more rows of a (and of b in "tn": the weight's gradient)."""
+  if a.device != "CPU" or not has_c_compiler():
+    if kind == "tn" and not batched: a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
+    return (a.transpose(-1, -2) if kind == "tn" else a) @ (b.transpose(-1, -2) if kind == "nt" else b)
+  lead = a.shape[:-2] if batched else ()
+  Z, cols, rows = math.prod(lead), a.shape[-1], math.prod(a.shape[len(lead):-1])
+  (I, P), J = (cols, rows) if kind == "tn" else (rows, cols), b.shape[-2 if kind == "nt" else -1]
+  defines = {"CORES": cores(), "BATCH": Z, "I": I, "J": J, "P": P, "A_I": 1 if kind == "tn" else P, "A_P": I if kind == "tn" else 1,
+             "B_P": 1 if kind == "nt" else J, "B_J": P if kind == "nt" else 1}
+  size = 4 * Z * (I * P + P * J + I * J)
+
+  def backward(grad:UOp, call:UOp) -> tuple[UOp|None, ...]:
+    d, a, b = Tensor(grad), Tensor(call.src[2]), Tensor(call.src[3])
+    if kind == "nt": da, db = gemm(d, b, "nn", batched), gemm(d, a, "tn", batched)
+    elif kind == "nn": da, db = gemm(d, b, "nt", batched), gemm(a, d, "tn", batched)
+    else: da, db = gemm(b, d, "nt", batched), gemm(a, d, "nn", batched)
+    return None, da.uop, db.uop
+  shape = (*lead, I, J) if kind == "tn" else (*a.shape[:-1], J)
+  return Tensor.invalids(*shape, dtype=dtypes.float32, device=a.device).custom_kernel(a, b, grad_fxn=backward, fxn=lambda *bufs: program(
+    f"gemm_{kind}_{Z}_{I}_{J}_{P}".replace("_1_", "_", 1 if Z == 1 else 0), GEMM, defines, Estimates(2 * Z * I * J * P, size, size), bufs))[0]
+
+# ---- 11. Training ----
+def training_mask(prefix, total, n, window=None):
+  """Row b of prefix (B,): how many tokens all see each other; of total (B,): how many are not padding -> (B, 1, n, n) bool.
+
+      3 prefix + 2 answer tokens, 1 padding     1 1 1 0 0 0
+      a row is a query, a column what           1 1 1 0 0 0
+      it may look at                            1 1 1 0 0 0
+                                                1 1 1 1 0 0
+                                                1 1 1 1 1 0
+  """
+  query, key = np.arange(n)[:, None], np.arange(n)[None]
+  prefix, total = (np.asarray(t)[:, None, None] for t in (prefix, total))
+  near = (key <= query) & (key > query - (window or n))
+  return ((near | ((query < prefix) & (key < prefix))) & (key < total))[:, None]
+
+def loss(net, pixels, ids, cos, sin, masks, weight):
+  """Mean next-token cross-entropy over the answers. pixels (G, 3, S, S): picture g belongs to B / G rows in turn of
+  ids (B, T + 1), the text; masks (full, sliding) (B, 1, 1, n, n); weight (B, T): 1 where the next token is scored."""
+  gemma, (B, T), V = net.language_model, weight.shape, net.language_model.config.vocab
+  image = net.multi_modal_projector.linear(net.vision_tower(pixels))  # (G, P, D)
+  G, P, D = image.shape
+  image = image.reshape(G, 1, P, D).expand(G, B // G, P, D).reshape(B, P, D)
+  # As a product with one-hot rows, because its gradient is a product too: that of a look-up took a third of the step.
+  one_hot = (ids[:, :-1].unsqueeze(-1) == Tensor.arange(V, device=ids.device)).float()
+  text = gemm(one_hot, gemma.embed_tokens.weight.float(), "nn") * gemma.config.width ** 0.5
+  x = gemma(image.cat(text, dim=1), cos, sin, masks, [lambda k, v: (k, v)] * gemma.config.layers)
+  logits = gemma.logits(x[:, P:].contiguous()).contiguous()  # (B, T, V)
+  target = (ids[:, 1:].unsqueeze(-1) == Tensor.arange(V, device=ids.device)).where(logits, 0).sum(-1)
+  return ((logits.logsumexp(-1) - target) * weight).sum() / weight.sum()
+
+# ---- 12. Command line ----
+REAL = "real weights: see 'Weights' in README.md"
+
+def default_weights():
+  """The largest checkpoint under weights/, by bytes of safetensors: a downloaded model wins over the shipped toy."""
+  size = lambda folder: sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+  folders = [f.parent for f in sorted(Path(__file__).with_name("weights").glob("*/config.json"))]
+  if not any(map(size, folders)):
+    raise Fault(f"no checkpoint under weights/; name one with --weights, or get one ({REAL})")
+  return max(folders, key=size)
+
+def ask(model, images, prompt, args):
+  """One question, as the command line answers it -> exit code."""
+  pictures = [open_image(name) for name in images]
+  sys.path.append(str(Path(__file__).with_name("examples")))
+  import draw
+  out, tokens, interrupted = args.out or f"{Path(images[0]).stem}.boxes.png", [], False
+  if args.out:
+    draw.check_output(args.out, images)
+  def rows():
+    for row in model.tokens([pictures], [prompt], args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed):
+      status("")
+      tokens.append(row[0])
+      yield row[0]
+  try:
+    for piece in model.tokenizer.stream(rows()):
+      if not args.json:
+        print(piece, end="", flush=True)
+  except KeyboardInterrupt:  # what is there stays there
+    interrupted = True
+  answer = model.answer(pictures[0], tokens)
+  if args.json:
+    boxes = [{"label": b.label, "box": [round(v, 1) for v in b.box]} for b in answer.boxes]
+    print(json.dumps({"text": answer.text, "tokens": tokens, "prompt_tokens": model.tokenizer.prompt(prompt),
+                      "boxes": boxes, "timings": model.timings}))
+  else:
+    print(flush=True)
+  status("")
+  if answer.boxes:
+    draw.check_output(out, images)
+    draw.save_picture(draw.draw_boxes(pictures[0], answer.boxes), out)
+    say(args, f"{len(answer.boxes)} boxes drawn: {out}")
+  elif args.out:
+    say(args, f"no boxes in the answer: {args.out} not written")
+  t = model.timings
+  speed = t.get("decode_tok_s") or 0
+  say(args, f"load {t['load_s']:.2f} s, vision {t.get('vision_s', 0):.2f} s, prefill {t.get('prefill_s', 0):.2f} s, "
+            f"{speed:.1f} tok/s, {speed * model.bytes / 1e9:.1f} GB/s")
+  return 130 if interrupted else 0
+
+def status(text):
+  """A line of progress on a terminal's stderr, each over the last."""
+  if sys.stderr.isatty():
+    print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+def say(args, text):
+  if not args.quiet:
+    print(text, file=sys.stderr)
+
+def talk(model, image, args):
+  """Question after question about a picture, until an empty line or the end of the input."""
+  say(args, "ask about the picture; :image FILE changes it; an empty line leaves")
+  while True:
+    print("> ", end="", file=sys.stderr, flush=True)
+    line = sys.stdin.readline().strip()
+    if not line:
+      return 0
+    try:
+      if line.startswith(":image"):
+        open_image(line.removeprefix(":image").strip())
+        image = line.removeprefix(":image").strip()
+      else:
+        ask(model, [image], line, args)
+    except Fault as e:
+      print(f"vlm: {e}", file=sys.stderr)
+
+class Parser(argparse.ArgumentParser):
+  def error(self, message):
+    raise Fault(f"{message}; see --help")
+
+def main(argv=None):
+  p = Parser(prog="vlm.py", description="Ask PaliGemma about a picture. Without a prompt: ask again and again.",
+             epilog='prompts of the mix checkpoints: "caption en", "answer en QUESTION", "detect A ; B", "segment A", "ocr"')
+  p.add_argument("inputs", nargs="*", metavar="IMAGE [PROMPT]", help="a picture, or several, then the prompt")
+  p.add_argument("--weights", metavar="DIR", help="a PaliGemma folder (default: the largest under weights/)")
+  p.add_argument("--max-tokens", type=int, default=MAX_TOKENS, metavar="N", help=f"longest answer (default {MAX_TOKENS})")
+  p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: always the likeliest token (default)")
+  p.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens")
+  p.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens of mass P")
+  p.add_argument("--seed", type=int, metavar="S", help="repeat a sample")
+  p.add_argument("--out", metavar="FILE", help="where boxes are drawn (default: IMAGE.boxes.png in this folder)")
+  p.add_argument("--json", action="store_true", help="one JSON object instead of text")
+  p.add_argument("--device", metavar="DEV", help="METAL, CUDA, CPU, ... (default: the best there is, or $DEV)")
+  p.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
+  try:
+    args = p.parse_args(argv)
+    images, prompt = args.inputs[:1], " ".join(args.inputs[1:])
+    if not images:
+      images, prompt = [str(Path(__file__).with_name("examples") / "shapes.png")], "caption en"
+    check_sampling(args.max_tokens, args.temperature, args.top_k, args.top_p)  # before the seconds of loading
+    open_image(images[0])
+    if args.device:
+      DEV.value = args.device
+    folder = args.weights or default_weights()
+    status(f"loading {folder}")
+    model = load(folder)
+    status("")
+    if model.config.note:
+      say(args, model.config.note)
+    if not prompt and len(args.inputs) == 1:
+      return talk(model, images[0], args)
+    return ask(model, images, prompt, args)
+  except Fault as e:
+    status("")
+    print(f"vlm: {e}", file=sys.stderr)
+    return e.code
+  except KeyboardInterrupt:
+    return 130
+
+if __name__ == "__main__":
+  sys.modules["vlm"] = sys.modules["__main__"]  # the programs in examples/ import vlm: this one, not a second copy
+  sys.exit(main())
