@@ -28,7 +28,7 @@ class Tokenizer:
     unknown = self.model.unk_id()
     self.ids = {name: base + i if id == unknown else id for i, (name, id) in enumerate(zip(names, known))}
     self.names = {id: name for name, id in self.ids.items()}
-    self.bos, self.newline = self.model.bos_id(), self.model.piece_to_id("\n")
+    self.bos, self.eos, self.newline = self.model.bos_id(), self.model.eos_id(), self.model.piece_to_id("\n")
     self.image = self.ids["<image>"]
     if self.bos < 0 or self.newline == unknown:
       raise ValueError(f"{path} has no <bos> or no newline piece: it is not a PaliGemma tokenizer")

@@ -92,6 +92,7 @@ def read_config(path):
 
 # ---- 2. Pixels ----
 MAX_PIXELS = 100_000_000
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit only warns, on lines of its own; open_image refuses
 
 def open_image(source):
   """Path, file object or PIL image -> upright RGB PIL image. Raises Fault."""
@@ -101,7 +102,10 @@ def open_image(source):
     if image.width * image.height > MAX_PIXELS:  # before decoding: a few kB can unpack to gigabytes
       raise Image.DecompressionBombError
     # exif_transpose: people mean the picture as their viewer shows it, and boxes are drawn on that
-    return ImageOps.exif_transpose(image).convert("RGB")
+    image = ImageOps.exif_transpose(image)
+    if "A" in image.getbands() or "transparency" in image.info:  # on white, as transformers does
+      image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
   except Image.DecompressionBombError:
     raise Fault(f"{name}: more than {MAX_PIXELS} pixels; make it smaller first") from None
   except FileNotFoundError:
@@ -419,9 +423,10 @@ class VLM:
     """-> next token (B,) and logits (B, V) after the prefix, where (B, C), the next slot."""
     prompts = [self.tokenizer.prompt(prompt) for prompt in prompts]
     rows = [image if isinstance(image, (list, tuple)) else [image] for image in images]
-    P, T = self.config.patches * len(rows[0]), text_bucket(max(map(len, prompts)))
+    P, longest = self.config.patches * len(rows[0]), max(map(len, prompts))
+    T = max(longest, min(text_bucket(longest), self.max_context - P - max_tokens))
     if P + T + max_tokens > self.max_context:
-      raise Fault(f"the prompt does not fit: {P} image + {T} text + {max_tokens} answer positions are more than the "
+      raise Fault(f"the prompt does not fit: {P} image + {longest} text + {max_tokens} answer positions are more than the "
                   f"context's {self.max_context}; shorten the prompt or lower --max-tokens")
     C = min(-(-(P + T + max_tokens) // 256) * 256, self.max_context)  # in steps of 256: seldom another program
     start = time.perf_counter()
@@ -587,6 +592,19 @@ def prepare_cpu():
     DEV.value = "CPU:LLVM" if ctypes.util.find_library("LLVM-15") or ctypes.util.find_library("LLVM") else "CPU:X86"
     print("no C compiler found, answers will be slow; `pip install ziglang`, or install clang", file=sys.stderr)
 
+def open_device(name=None):
+  """A tinygrad device name, None for the best there is -> its full name, ready for use. Raises Fault."""
+  try:
+    name = Device.canonicalize(name)
+    if name.startswith("CPU"):
+      prepare_cpu()
+    if isinstance(Device[name].renderer, LLVMRenderer):
+      with contextlib.suppress(AttributeError):  # LLVM 15 must be told what newer ones take for granted
+        llvm.dll.LLVMContextSetOpaquePointers(Device[name].compiler.context, 1)
+    return name
+  except Exception as e:  # whatever a driver that is not there raises
+    raise Fault(f"device {name or DEV.device} cannot be used here ({e}); leave out --device and DEV for what can") from None
+
 def load(folder, device=None, max_context=None):
   """A PaliGemma folder (config.json, *.safetensors, tokenizer.model) -> VLM. Raises Fault."""
   start, folder = time.perf_counter(), Path(folder)
@@ -595,15 +613,7 @@ def load(folder, device=None, max_context=None):
     tokenizer = Tokenizer(folder / "tokenizer.model")
   except (OSError, ValueError) as e:
     raise Fault(f"{folder}: {e}") from None
-  try:
-    device = Device.canonicalize(device)
-    if device.startswith("CPU"):
-      prepare_cpu()
-    if isinstance(Device[device].renderer, LLVMRenderer):
-      with contextlib.suppress(AttributeError):  # LLVM 15 must be told what newer ones take for granted
-        llvm.dll.LLVMContextSetOpaquePointers(Device[device].compiler.context, 1)
-  except Exception as e:  # whatever a driver that is not there raises
-    raise Fault(f"device {device or DEV.device} cannot be used here ({e}); leave --device and DEV out for what can") from None
+  device = open_device(device)
   net, arrays = PaliGemma(config), read_weights(folder)
   places = get_state_dict(net)
   check_names({n: t.shape for n, t in places.items()}, {n: a.shape for n, a in arrays.items()})
@@ -769,7 +779,6 @@ def default_weights():
 def ask(model, images, prompt, args):
   """One question, as the command line answers it -> exit code."""
   pictures = [open_image(name) for name in images]
-  sys.path.append(str(Path(__file__).with_name("examples")))
   import draw
   out, tokens, interrupted = args.out or f"{Path(images[0]).stem}.boxes.png", [], False
   if args.out:
@@ -849,15 +858,29 @@ def main(argv=None):
   p.add_argument("--json", action="store_true", help="one JSON object instead of text")
   p.add_argument("--device", metavar="DEV", help="METAL, CUDA, CPU, ... (default: the best there is, or $DEV)")
   p.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
+  t = p.add_argument_group("training (examples/train.py)")
+  t.add_argument("--train", nargs="?", const="", metavar="DATA", help="a folder with data.jsonl; none: the toy world")
+  t.add_argument("--init", metavar="DIR", help="checkpoint to start from (default: random weights)")
+  t.add_argument("--save", default="weights/trained", metavar="DIR", help="where the checkpoint goes (default: %(default)s)")
+  t.add_argument("--steps", type=int, default=2000, metavar="N", help="updates (default: %(default)s)")
+  t.add_argument("--batch", type=int, default=64, metavar="B", help="questions an update (default: %(default)s)")
+  t.add_argument("--lr", type=float, default=1.2e-3, metavar="R", help="highest learning rate (default: %(default)s)")
+  t.add_argument("--train-only", default="all", choices=["all", "projector", "attention", "language"], help="freeze the rest")
+  t.add_argument("--resume", action="store_true", help="go on with the run in --save")
+  t.add_argument("--skip-bad", action="store_true", help="leave out bad lines of data.jsonl")
   try:
     args = p.parse_args(argv)
+    sys.path.append(str(Path(__file__).with_name("examples")))
+    if args.device:
+      DEV.value = args.device
+    if args.train is not None:
+      import train
+      return train.run(args)
     images, prompt = args.inputs[:1], " ".join(args.inputs[1:])
     if not images:
       images, prompt = [str(Path(__file__).with_name("examples") / "shapes.png")], "caption en"
     check_sampling(args.max_tokens, args.temperature, args.top_k, args.top_p)  # before the seconds of loading
     open_image(images[0])
-    if args.device:
-      DEV.value = args.device
     folder = args.weights or default_weights()
     status(f"loading {folder}")
     model = load(folder)
