@@ -20,7 +20,7 @@ import re
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,38 +51,33 @@ def read_config(path):
     top = json.loads(Path(path).read_text())
     if top.get("model_type") != "paligemma":
       raise Fault(f"{path}: model_type is {top.get('model_type')!r}, not 'paligemma'; give a PaliGemma folder")
-    vision, text = top["vision_config"], top["text_config"]
-    gemma2 = {"gemma": False, "gemma2": True}[text.get("model_type", "gemma")]
-    layers, head_dim = text["num_hidden_layers"], text.get("head_dim", 256)
-    kinds = text.get("layer_types") or ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
-    eos = top.get("eos_token_id") or text.get("eos_token_id") or 1
-    side, patch = vision.get("image_size", 224), vision.get("patch_size", 14)
-    return SimpleNamespace(
-      image_size=side,  # S, pixels
-      patch_size=patch,
+    v, t = top["vision_config"], top["text_config"]
+    gemma2 = {"gemma": False, "gemma2": True}[t.get("model_type", "gemma")]
+    side, patch = v.get("image_size", 224), v.get("patch_size", 14)
+    sizes = dict(
+      image_size=side, patch_size=patch,  # S and a patch's side, in pixels
       patches=(side // patch) ** 2,  # P: derived, num_image_tokens and num_positions are wrong in some published files
-      vision_width=vision["hidden_size"], vision_layers=vision["num_hidden_layers"],
-      vision_heads=vision["num_attention_heads"], vision_mlp=vision["intermediate_size"],
-      vision_eps=vision.get("layer_norm_eps", 1e-6),
-      gemma2=gemma2,
-      width=text["hidden_size"],  # D
-      layers=layers,
-      heads=text.get("num_attention_heads", 8),  # H
-      kv_heads=text.get("num_key_value_heads", 4 if gemma2 else 1),  # K
-      head_dim=head_dim,  # d
-      mlp=text["intermediate_size"],
-      vocab=text.get("vocab_size", 257216),  # V
-      eps=text.get("rms_norm_eps", 1e-6),
-      rope_theta=(text.get("rope_parameters") or {}).get("rope_theta") or text.get("rope_theta", 10000.0),
-      query_scale=(text.get("query_pre_attn_scalar", 256) if gemma2 else head_dim) ** -0.5,
-      attn_softcap=text.get("attn_logit_softcapping", 50.0) or 0.0 if gemma2 else 0.0,  # 0: none
-      final_softcap=text.get("final_logit_softcapping", 30.0) or 0.0 if gemma2 else 0.0,
-      window=text.get("sliding_window", 4096),
-      sliding=[gemma2 and kind == "sliding_attention" for kind in kinds],  # one a layer: sees only the last `window` tokens
-      max_context=text.get("max_position_embeddings", 8192),
-      image_token=top.get("image_token_index", 257152),
-      eos=eos if isinstance(eos, list) else [eos],
-      note=top.get("note", ""))  # not in hub files: what the checkpoints of this repository say of themselves
+      vision_width=v["hidden_size"], vision_layers=v["num_hidden_layers"], vision_heads=v["num_attention_heads"],
+      vision_mlp=v["intermediate_size"], width=t["hidden_size"], layers=t["num_hidden_layers"],  # D
+      heads=t.get("num_attention_heads", 8), kv_heads=t.get("num_key_value_heads", 4 if gemma2 else 1),  # H, K
+      head_dim=t.get("head_dim", 256), mlp=t["intermediate_size"], vocab=t.get("vocab_size", 257216),  # d, V
+      window=t.get("sliding_window", 4096), max_context=t.get("max_position_embeddings", 8192),
+      image_token=top.get("image_token_index", 257152))
+    wrong = [f"{name} {size!r}" for name, size in sizes.items() if type(size) is not int or size < 1]
+    c = SimpleNamespace(**sizes)
+    if wrong or c.vision_width % c.vision_heads or c.heads % c.kv_heads:
+      raise Fault(f"{path}: {wrong[0] if wrong else 'a number of heads'} cannot be; is it a PaliGemma config?")
+    kinds = t.get("layer_types") or ["full_attention" if i % 2 else "sliding_attention" for i in range(c.layers)]
+    c.gemma2, c.sliding = gemma2, [gemma2 and kind == "sliding_attention" for kind in kinds]  # one a layer
+    c.vision_eps, c.eps = v.get("layer_norm_eps", 1e-6), t.get("rms_norm_eps", 1e-6)
+    c.rope_theta = (t.get("rope_parameters") or {}).get("rope_theta") or t.get("rope_theta", 10000.0)
+    c.query_scale = (t.get("query_pre_attn_scalar", 256) if gemma2 else c.head_dim) ** -0.5
+    c.attn_softcap = t.get("attn_logit_softcapping", 50.0) or 0.0 if gemma2 else 0.0  # 0: none
+    c.final_softcap = t.get("final_logit_softcapping", 30.0) or 0.0 if gemma2 else 0.0
+    eos = top.get("eos_token_id") or t.get("eos_token_id") or 1
+    c.eos = eos if isinstance(eos, list) else [eos]
+    c.note = top.get("note", "")  # not in hub files: what the checkpoints of this repository say of themselves
+    return c
   except OSError as e:
     raise Fault(f"{path}: {e.strerror}; a model folder holds config.json, *.safetensors and tokenizer.model") from None
   except ValueError as e:
@@ -135,7 +130,7 @@ class Embedding:
   def __init__(self, rows, width):
     self.weight = Tensor.empty(rows, width)
   def __call__(self, ids):
-    return widen(self.weight[ids])  # (B, T) -> (B, T, D)
+    return rows(self.weight, ids)  # (B, T) -> (B, T, D)
 
 class LayerNorm:
   def __init__(self, width, eps):
@@ -155,14 +150,16 @@ def attention(q, k, v, scale, mask=None, softcap=0.0):
   Query head h reads key/value head h // (H / K). Logits and softmax in float32: bfloat16 ones move the argmax."""
   B, H, T, d = q.shape
   K, C = k.shape[1:3]
-  logits = gemm(q.reshape(B, K, H // K * T, d), k, "nt", batched=True).reshape(B, K, H // K, T, C) * scale
+  logits = matmul(q.reshape(B, K, H // K * T, d), k, batched=True).reshape(B, K, H // K, T, C) * scale
   if softcap:
-    logits = (logits / softcap).tanh() * softcap  # before the mask: after it, -inf would become -softcap
+    logits = ((logits / softcap).tanh() * softcap).contiguous()  # before the mask: -inf would become -softcap
   if mask is not None:
     logits = mask.where(logits, -math.inf)
-  # contiguous: fused into the product, every exponential would be computed again for each of the d outputs
-  weights = logits.softmax(-1).contiguous().reshape(B, K, H // K * T, C)
-  return gemm(weights, v, "nn", batched=True).reshape(B, H, T, d).transpose(1, 2).reshape(B, T, H * d)
+  # softmax, with the sum divided out of the small product instead of the large weights. contiguous: fused into the
+  # product or the sum, every exponential would be computed again for each of their terms.
+  weights = (logits - logits.max(-1, keepdim=True).detach()).exp().contiguous().reshape(B, K, H // K * T, C)
+  out = matmul(weights, v, "nn", batched=True) / weights.sum(-1, keepdim=True)
+  return out.reshape(B, H, T, d).transpose(1, 2).reshape(B, T, H * d)
 
 # ---- 4. SigLIP: patches to features ----
 class Attention:
@@ -191,12 +188,11 @@ class EncoderLayer:
 class SigLIP:
   """SimpleNamespace stands for the levels of the checkpoint's names that do nothing."""
   def __init__(self, c):
-    # The checkpoint's convolution has stride = kernel = patch size: one matmul a patch. load_weights flattens its kernel.
+    # The checkpoint's convolution has stride = kernel = patch size: one matmul a patch. `load` flattens its kernel.
     patches = Linear(3 * c.patch_size ** 2, c.vision_width, bias=True)
     self.embeddings = SimpleNamespace(patch_embedding=patches, position_embedding=Embedding(c.patches, c.vision_width))
     self.encoder = SimpleNamespace(layers=[EncoderLayer(c) for _ in range(c.vision_layers)])
     self.post_layernorm, self.patch = LayerNorm(c.vision_width, c.vision_eps), c.patch_size
-
   def __call__(self, pixels):
     """(B, 3, S, S) -> (B, P, Dv). PaliGemma uses every patch: no class token, no pooling head."""
     B, _, S, _ = pixels.shape
@@ -224,7 +220,6 @@ class GemmaAttention:
     self.q_proj, self.o_proj = Linear(c.width, c.heads * c.head_dim), Linear(c.heads * c.head_dim, c.width)
     self.k_proj, self.v_proj = (Linear(c.width, c.kv_heads * c.head_dim) for _ in range(2))
     self.config = c
-
   def __call__(self, x, cos, sin, mask, store):
     c = self.config
     B, T, _ = x.shape
@@ -235,7 +230,6 @@ class GemmaAttention:
 class GemmaMLP:
   def __init__(self, width, hidden):
     self.gate_proj, self.up_proj, self.down_proj = Linear(width, hidden), Linear(width, hidden), Linear(hidden, width)
-
   def __call__(self, x):
     return self.down_proj((self.gate_proj(x).gelu() * self.up_proj(x)).contiguous())
 
@@ -247,7 +241,6 @@ class Block:
     if c.gemma2:
       self.pre_feedforward_layernorm, self.post_feedforward_layernorm = (RMSNorm(c.width, c.eps) for _ in range(2))
     self.self_attn, self.mlp, self.gemma2 = GemmaAttention(c), GemmaMLP(c.width, c.mlp), c.gemma2
-
   def __call__(self, x, *attention_inputs):
     h = self.self_attn(self.input_layernorm(x), *attention_inputs)
     if self.gemma2:  # post_attention_layernorm: here it is applied to the output of the attention ...
@@ -260,19 +253,16 @@ class Gemma:
   def __init__(self, c):
     self.embed_tokens, self.norm = Embedding(c.vocab, c.width), RMSNorm(c.width, c.eps)
     self.layers, self.config = [Block(c) for _ in range(c.layers)], c
-
   def embed(self, ids):
     # Only text is multiplied by sqrt(D), the projected image is not. The factor is rounded to the weights' type, as in
     # transformers: sqrt(2048) = 45.2548 is 45.25 in bfloat16.
     scale = round_to(self.config.width ** 0.5, self.embed_tokens.weight.dtype)
     return self.embed_tokens(ids) * scale
-
   def __call__(self, x, cos, sin, masks, stores):
     """x (B, T, D), cos and sin (B or 1, 1, T, d / 2), masks (full, sliding), stores: one a layer -> (B, T, D)."""
     for layer, sliding, store in zip(self.layers, self.config.sliding, stores):
       x = layer(x, cos, sin, masks[sliding], store)
     return self.norm(x)
-
   def logits(self, x):
     """(B, D) -> (B, V), with the embedding matrix as the head."""
     logits, cap = matmul(x, self.embed_tokens.weight), self.config.final_softcap
@@ -286,10 +276,6 @@ class PaliGemma:
 
 # ---- 6. KV cache ----
 NOWHERE = -10 ** 9  # the position of a slot that nobody may look at
-
-def text_bucket(length):
-  """Prompt lengths are padded to 8, 16, 32, ...: at most a handful of programs to compile, few wasted rows."""
-  return max(8, 1 << (length - 1).bit_length())
 
 def layout(lengths, image_tokens, T, C):
   """Prompt lengths (B,) -> the position of each cache slot, (B, C) int32, NOWHERE for padding. A row is
@@ -309,24 +295,23 @@ class Cache:
   def stores(self, start, length, seen):
     """For each layer a function that writes new k and v (B, K, length, d) into the slots from `start` and returns the
     first `seen` slots of all k and v."""
-    def store_in(cache):
-      def store(k, v):
-        slots = cache[:, :, :, start:start + length]
-        written = Tensor(cache.uop.after(slots.uop.store(k.stack(v).uop)))  # reading this waits for the write
-        return written[0, :, :, :seen], written[1, :, :, :seen]
-      return store
-    return [store_in(cache) for cache in self.layers]
+    def store(cache, k, v):
+      slots = cache[:, :, :, start:start + length]
+      written = Tensor(cache.uop.after(slots.uop.store(k.stack(v).uop)))  # reading this waits for the write
+      return written[0, :, :, :seen], written[1, :, :, :seen]
+    return [functools.partial(store, cache) for cache in self.layers]
 
 def choose(logits):
   """(B, V) -> (B,) int32: the likeliest token, or -1 where a logit is NaN."""
   return logits.isnan().any(-1).where(-1, logits.argmax(-1)).cast(dtypes.int32)
 
 # ---- 7. Sampling ----
-def check_sampling(max_tokens, temperature, top_k, top_p):
+def check_sampling(max_tokens, temperature, top_k, top_p, seed):
   for wrong, message in ((max_tokens < 1, f"--max-tokens {max_tokens}: at least 1"),
                          (not 0 <= temperature < math.inf, f"--temperature {temperature}: 0 (greedy) or more"),
                          (top_k < 0, f"--top-k {top_k}: 0 (off) or more"),
-                         (not 0 < top_p <= 1, f"--top-p {top_p}: above 0 and at most 1")):
+                         (not 0 < top_p <= 1, f"--top-p {top_p}: above 0 and at most 1"),
+                         (seed is not None and seed < 0, f"--seed {seed}: 0 or more")):
     if wrong:
       raise Fault(message)
 
@@ -345,11 +330,7 @@ def sample(logits, temperature, top_k, top_p, rng):
 # ---- 8. Generate ----
 MAX_TOKENS = 256  # room for several boxes and masks: a box is 4 tokens and its label, a mask 16 more
 
-@dataclass(frozen=True)
-class Answer:
-  text: str
-  tokens: list
-  boxes: list  # of Box
+Answer = namedtuple("Answer", "text tokens boxes")  # boxes: of tokenizer.Box, in pixels of the picture
 
 class VLM:
   """A loaded model and its compiled programs, one for each shape that came up: vision, prefill and one decode step.
@@ -362,6 +343,7 @@ class VLM:
     self.programs, self.caches, self.features, self.timings = {}, {}, {}, {}
 
   def _run(self, key, function, *inputs):
+    # No function holds self: a garbage collection on one of tinygrad's threads would wait for itself for ever.
     if key not in self.programs:
       status(f"compiling {key[0]} (the first time only)")
       self.programs[key] = TinyJit(function)
@@ -378,9 +360,10 @@ class VLM:
 
   def vision(self, pixels):
     """float32 (1, 3, S, S) -> SigLIP's features (1, P, Dv) and the projected ones (1, P, D)."""
+    net = self.net  # not self in `run`: see _run
     def run(pixels):
-      features = self.net.vision_tower(pixels).contiguous()
-      return features, self.net.multi_modal_projector.linear(features).contiguous()  # used as it is: no scaling
+      features = net.vision_tower(pixels).contiguous()
+      return features, net.multi_modal_projector.linear(features).contiguous()  # used as it is: no scaling
     return [t.clone().realize() for t in self._run(("vision",), run, self._tensor(pixels))]
 
   def image_features(self, image):
@@ -403,17 +386,18 @@ class VLM:
       logits = gemma.logits(x[:, -1].contiguous()).contiguous()
       return choose(logits), logits
     cos, sin = rope_table(self.config, where[:, :n].clip(0).reshape(-1))
-    inputs = ids.astype(np.int32), cos.reshape(B, 1, n, -1), sin.reshape(B, 1, n, -1), where[:, None, None, None, :n] >= 0
+    seen = where[:, None, None, None, :n] >= 0
+    inputs = ids.astype(np.int32), cos.reshape(B, 1, n, -1), sin.reshape(B, 1, n, -1), seen
     return self._run(("prefill", B, n, C), run, image, *map(self._tensor, inputs))
 
   def decode(self, token, position, where):
-    """token (B,) at slot `position`, where (B, C) -> next token (B,), its logits (B, V). One program for all positions."""
+    """token (B,) at slot `position`, where (B, C) -> next token (B,), its logits (B, V). One program for all slots."""
     B, C = where.shape
-    cache, gemma = self._cache(B, C), self.net.language_model
+    cache, gemma, window = self._cache(B, C), self.net.language_model, self.config.window
     def run(token, position, where):
       cos, sin = (t[position:position + 1] for t in cache.rope)
       seen = ((where >= 0) & (where <= position)).reshape(B, 1, 1, 1, C)
-      near = seen & (where > position - self.config.window).reshape(B, 1, 1, 1, C)
+      near = seen & (where > position - window).reshape(B, 1, 1, 1, C)
       x = gemma(gemma.embed(token.reshape(B, 1)), cos, sin, (seen, near), cache.stores(position, 1, C))
       logits = gemma.logits(x[:, -1].contiguous()).contiguous()
       return choose(logits), logits
@@ -424,10 +408,11 @@ class VLM:
     prompts = [self.tokenizer.prompt(prompt) for prompt in prompts]
     rows = [image if isinstance(image, (list, tuple)) else [image] for image in images]
     P, longest = self.config.patches * len(rows[0]), max(map(len, prompts))
-    T = max(longest, min(text_bucket(longest), self.max_context - P - max_tokens))
+    # Prompts are padded to 8, 16, 32, ...: at most a handful of programs to compile, few wasted rows.
+    T = max(longest, min(max(8, 1 << (longest - 1).bit_length()), self.max_context - P - max_tokens))
     if P + T + max_tokens > self.max_context:
-      raise Fault(f"the prompt does not fit: {P} image + {longest} text + {max_tokens} answer positions are more than the "
-                  f"context's {self.max_context}; shorten the prompt or lower --max-tokens")
+      raise Fault(f"the prompt does not fit: {P} image + {longest} text + {max_tokens} answer positions are more than "
+                  f"the context's {self.max_context}; shorten the prompt or lower --max-tokens")
     C = min(-(-(P + T + max_tokens) // 256) * 256, self.max_context)  # in steps of 256: seldom another program
     start = time.perf_counter()
     image = Tensor.cat(*[Tensor.cat(*map(self.image_features, row), dim=1) for row in rows]).contiguous().realize()
@@ -444,8 +429,8 @@ class VLM:
     return self._prefix([image], [prompt], 1)[1].numpy()[0]
 
   def tokens(self, images, prompts, max_tokens=MAX_TOKENS, temperature=0.0, top_k=0, top_p=1.0, seed=None):
-    """Lists of B images and B prompts. Yields, step by step, a list of B token ids; None once a row's answer has ended."""
-    check_sampling(max_tokens, temperature, top_k, top_p)
+    """Lists of B images and B prompts. Yields, step by step, a list of B token ids, None once a row has ended."""
+    check_sampling(max_tokens, temperature, top_k, top_p, seed)
     if len(images) != len(prompts) or not prompts:
       raise Fault(f"{len(images)} images for {len(prompts)} prompts: give one for each")
     token, logits, where, position = self._prefix(images, prompts, max_tokens)
@@ -456,7 +441,8 @@ class VLM:
       if (token < 0).any():
         raise Fault("the logits are NaN: the weights are damaged, or too large for their number type", code=1)
       if temperature > 0:
-        token = np.array([sample(row, temperature, top_k, top_p, rng) for row, rng in zip(logits.numpy(), rngs)], np.int32)
+        token = [sample(row, temperature, top_k, top_p, rng) for row, rng in zip(logits.numpy(), rngs)]
+        token = np.array(token, np.int32)
       done = [end or id in self.config.eos for end, id in zip(done, token.tolist())]
       if all(done):
         return
@@ -525,9 +511,9 @@ def read_tensors(path):
       tensors[name] = data[slice(*t["data_offsets"])].view(TYPES[t["dtype"]]).reshape(t["shape"])
   return tensors
 
-def weight_files(folder):
-  """-> the safetensors files of a folder: those that the index names, else all. Raises Fault."""
-  index = folder / "model.safetensors.index.json"
+def read_weights(folder):
+  """-> {path in PaliGemma: array} of the files that the index names, or else of all. Raises Fault."""
+  index, arrays = folder / "model.safetensors.index.json", {}
   try:
     names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     if wrong := [name for name in names if Path(name).name != name]:
@@ -536,25 +522,17 @@ def weight_files(folder):
     names = sorted(f.name for f in folder.glob("*.safetensors")) or ["model.safetensors"]
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
     raise Fault(f"{index} is not a safetensors index ({e!r}); download it again") from None
-  return [folder / name for name in names]
-
-def read_weights(folder):
-  """-> {path in PaliGemma: array} of a whole folder. Raises Fault."""
-  arrays = {}
-  for path in weight_files(folder):
-    for name, array in read_tensors(path).items():
+  for file in names:
+    for name, array in read_tensors(folder / file).items():
       if canonical(name) in arrays:
-        raise Fault(f"{path}: {name} is there twice")
-      arrays[canonical(name)] = array
-  arrays = {n: a for n, a in arrays.items() if not n.endswith((".position_ids", ".inv_freq"))}  # constants, once saved
+        raise Fault(f"{folder / file}: {name} is there twice")
+      if not name.endswith((".position_ids", ".inv_freq")):  # constants that old versions saved
+        arrays[canonical(name)] = array
   embedding, head = "language_model.embed_tokens.weight", arrays.pop("language_model.lm_head.weight", None)
   head = arrays.pop("lm_head.weight", head)
   if head is not None:  # the head is the embedding matrix; some files hold it twice, some only under this name
     if not np.array_equal(arrays.setdefault(embedding, head), head):
       raise Fault(f"{folder}: lm_head differs from embed_tokens, but PaliGemma ties them; this is another model")
-  patches = "vision_tower.embeddings.patch_embedding.weight"
-  if patches in arrays:
-    arrays[patches] = arrays[patches].reshape(len(arrays[patches]), -1)  # (Dv, 3, p, p): see SigLIP
   return arrays
 
 def check_names(expected, found):
@@ -568,9 +546,10 @@ def check_names(expected, found):
   if parts:
     raise Fault(f"the weights do not fit config.json; {'; '.join(parts)}")
 
-def to_tensor(array, device):
-  """A weight on the device. On a CPU a view of the mapped file where that is aligned as compiled code expects."""
-  if device.startswith("CPU") and array.ctypes.data % 64 == 0:
+def to_tensor(name, array, device):
+  """A weight on the device: on a CPU a view of the file, but for what tinygrad's own kernels want aligned."""
+  ours = array.ndim == 2 and "position_embedding" not in name and in_c(device)
+  if ours or device.startswith("CPU") and array.ctypes.data % 64 == 0:
     dtype = {np.float32: dtypes.float32, np.float16: dtypes.float16, np.uint16: dtypes.uint16}[array.dtype.type]
     return Tensor.from_blob(array.ctypes.data, array.shape, dtype=dtype, device=device)
   return Tensor(array, device=device).realize()
@@ -590,7 +569,7 @@ def prepare_cpu():
     os.environ["CC"] = str(wrapper)
   except (ImportError, OSError):
     DEV.value = "CPU:LLVM" if ctypes.util.find_library("LLVM-15") or ctypes.util.find_library("LLVM") else "CPU:X86"
-    print("no C compiler found, answers will be slow; `pip install ziglang`, or install clang", file=sys.stderr)
+    print("no C compiler, so answers come slowly; `pip install ziglang`, or install clang", file=sys.stderr)
 
 def open_device(name=None):
   """A tinygrad device name, None for the best there is -> its full name, ready for use. Raises Fault."""
@@ -603,7 +582,7 @@ def open_device(name=None):
         llvm.dll.LLVMContextSetOpaquePointers(Device[name].compiler.context, 1)
     return name
   except Exception as e:  # whatever a driver that is not there raises
-    raise Fault(f"device {name or DEV.device} cannot be used here ({e}); leave out --device and DEV for what can") from None
+    raise Fault(f"device {name or DEV.device} cannot be used here ({e}); leave out --device and DEV") from None
 
 def load(folder, device=None, max_context=None):
   """A PaliGemma folder (config.json, *.safetensors, tokenizer.model) -> VLM. Raises Fault."""
@@ -616,203 +595,95 @@ def load(folder, device=None, max_context=None):
   device = open_device(device)
   net, arrays = PaliGemma(config), read_weights(folder)
   places = get_state_dict(net)
-  check_names({n: t.shape for n, t in places.items()}, {n: a.shape for n, a in arrays.items()})
+  shapes = {n: t.shape for n, t in places.items()}  # in files the patch embedding is a convolution: see SigLIP
+  shapes["vision_tower.embeddings.patch_embedding.weight"] = config.vision_width, 3, *[config.patch_size] * 2
+  check_names(shapes, {n: a.shape for n, a in arrays.items()})
   for name, place in places.items():
-    place.replace(to_tensor(arrays[name], device))
+    place.replace(to_tensor(name, arrays[name].reshape(place.shape), device))
   model = VLM(net, config, tokenizer, device, max_context)
   model.timings["load_s"] = time.perf_counter() - start
   return model
 
 # ---- 10. Kernels ----
-def matmul(x, w):
-  """x (..., K) @ w (N, K).T -> (..., N) float32."""
-  return gemm(x, widen(w), "nt")
-
-# Registers: 32 of 16 floats (AVX-512), 16 of 8 (AVX2), 32 of 4 (NEON). A tile of MR rows x NV vectors of sums leaves room for the operands.
-HEAD = """
-#if defined(__AVX512F__)
-#define W 16
-#define MR 12
-#elif defined(__AVX__)
-#define W 8
-#define MR 6
-#else
-#define W 4
-#define MR 12
-#endif
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("clang loop unroll(full)")
-#define MIN(a, b) ((a) < (b) ? (a) : (b))
-typedef float vec __attribute__((vector_size(4 * W), aligned(4)));  // aligned(4): file views start anywhere
-"""
-
-GEMM = """
-#define NR (2 * W)
-#define PC 256  // the panel of b, PC x NR floats, stays in the first-level cache
-INLINE void tile(const int R, float *c, const float *a, const float *panel, int pn, int jn, int add) {
-  vec s[MR][2];
-  UNROLL for (int r = 0; r < R; r++) s[r][0] = s[r][1] = (vec){0};
-  for (int p = 0; p < pn; p++) {
-    vec b0 = *(vec *)(panel + p * NR), b1 = *(vec *)(panel + p * NR + W);
-    UNROLL for (int r = 0; r < R; r++) {
-      float x = a[(long)r * A_I + (long)p * A_P];
-      s[r][0] += x * b0;
-      s[r][1] += x * b1;
-    }
-  }
-  UNROLL for (int r = 0; r < R; r++) {
-    float *o = c + (long)r * J;
-    if (jn == NR) {
-      *(vec *)o = add ? *(vec *)o + s[r][0] : s[r][0];
-      *(vec *)(o + W) = add ? *(vec *)(o + W) + s[r][1] : s[r][1];
-    } else for (int j = 0; j < jn; j++) {
-      float v = ((float *)s[r])[j];
-      o[j] = add ? o[j] + v : v;
-    }
-  }
-}
-void gemm(float *restrict out, const float *restrict a, const float *restrict b, const int core_id) {
-  float panel[PC * NR] __attribute__((aligned(64)));
-  // each core takes a share of the longest of: batch, columns, rows
-  int n = BATCH > 1 ? BATCH : J >= I ? (J + NR - 1) / NR : (I + MR - 1) / MR;
-  int lo = (long)n * core_id / CORES, hi = (long)n * (core_id + 1) / CORES;
-  int z0 = 0, z1 = 1, j0 = 0, j1 = J, i0 = 0, i1 = I;
-  if (BATCH > 1) { z0 = lo; z1 = hi; }
-  else if (J >= I) { j0 = lo * NR; j1 = MIN(J, hi * NR); }
-  else { i0 = lo * MR; i1 = MIN(I, hi * MR); }
-  for (int z = z0; z < z1; z++) for (int j = j0; j < j1; j += NR) for (int p = 0; p < P; p += PC) {
-    int jn = MIN(J - j, NR), pn = MIN(P - p, PC);
-    const float *bz = b + (long)z * P * J + (long)p * B_P + (long)j * B_J, *az = a + (long)z * I * P + (long)p * A_P;
-    if (B_J == 1 && jn == NR)
-      for (int q = 0; q < pn; q++) UNROLL for (int k = 0; k < NR; k += W) *(vec *)(panel + q * NR + k) = *(vec *)(bz + q * (long)J + k);
-    else
-      for (int q = 0; q < pn; q++) for (int k = 0; k < NR; k++) panel[q * NR + k] = k < jn ? bz[(long)q * B_P + (long)k * B_J] : 0;
-    float *c = out + ((long)z * I) * J + j;
-    int i = i0;
-    for (; i + MR <= i1; i += MR) tile(MR, c + (long)i * J, az + (long)i * A_I, panel, pn, jn, p > 0);
-    if (i < i1) tile(I % MR, c + (long)i * J, az + (long)i * A_I, panel, pn, jn, p > 0);
-  }
-}
-"""
-
-def cores() -> int: return CPU_COUNT.value
+# On a CPU, tinygrad's own matmul reaches 46 GFLOPS in float32 and 3 in bfloat16 (two Zen 4 cores); the C in
+# examples/matmul.c, on the weights as they lie in the file, 430 and 900 of 520 and 1030 possible (two Zen 5 cores), and
+# 96 % of the memory's speed for one row. Other devices, and CPUs without a C compiler, multiply the ordinary way.
+PORTABLE = False  # True, in tests: without AVX512-BF16 instructions, as on other CPUs
+FORMATS = {dtypes.float32: 32, dtypes.float16: 16, dtypes.uint16: 16}  # bits a number
 
 @functools.cache
-def has_c_compiler() -> bool:
-  """True where the CPU device takes C: not with DEV=CPU:LLVM or CPU:X86, nor without clang."""
-  with Context(ALLOW_DEVICE_USAGE=1):  # @function forbids Device[...] inside
-    return isinstance(Device["CPU"].renderer, ClangRenderer) and shutil.which(os.getenv("CC", "clang")) is not None
+def c_source():
+  """The text of matmul.c; "" where the CPU device compiles no C: DEV=CPU:LLVM, DEV=CPU:X86, or no compiler."""
+  c = isinstance(Device["CPU"].renderer, ClangRenderer) and shutil.which(os.getenv("CC", "clang"))
+  return (Path(__file__).with_name("examples") / "matmul.c").read_text() if c else ""
 
-def program(name:str, source:str, defines:dict, estimates:Estimates, bufs:tuple[UOp, ...]) -> UOp:
-  """Wraps C source as a tinygrad program: writes bufs[0], reads the rest, runs on every core."""
-  core_id = UOp.variable("core_id", 0, cores() - 1, dtypes.int)
-  sink = UOp.sink(*bufs, core_id, arg=KernelInfo(name=name, estimates=estimates))
-  source = "".join(f"#define {k} {v}\n" for k, v in defines.items()) + HEAD + source
-  info = ProgramInfo(name=name, global_size=(cores(), 1, 1), local_size=None, vars=(core_id,), globals=tuple(range(len(bufs))),
-                     outs=(0,), ins=tuple(range(1, len(bufs))))
-  return UOp(Ops.PROGRAM, src=(sink, UOp(Ops.DEVICE, arg="CPU"), UOp(Ops.LINEAR, src=(*sink.src, sink)), UOp(Ops.SOURCE, arg=source)), arg=info)
+def in_c(device):
+  return device.startswith("CPU") and c_source() != ""
 
-def gemm(a:Tensor, b:Tensor, kind:str="nt", batched:bool=False) -> Tensor:
-  """float32, differentiable: "nn" a @ b, "nt" a @ b.T, "tn" a.T @ b; a is (.., I, P), b is (P, J), before those transposes.
-  batched: b has the leading dimensions of a; otherwise those are more rows of a (and of b in "tn": the weight's gradient)."""
-  if a.device != "CPU" or not has_c_compiler():
-    if kind == "tn" and not batched: a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
+def cpu_kernel(name, defines, outs, srcs, work, backward=None):
+  """Run `kernel` of matmul.c, {parameter: tensor} outs and srcs, work multiply-adds -> the first of outs."""
+  cores = CPU_COUNT.value if work > 1 << 20 else 1  # a second core costs 20 us a kernel: Python's queues
+  types = {"x": "const float", "ids": "const int", "b": "const char", "scratch": "int"}
+  args = "".join(f"{types[name]} *restrict {name}, " for name in [*list(outs)[1:], *srcs])
+  defines = {"ARGS": args, "CORES": cores, "ROUNDED": 0, "FLOAT16": 0, "FEW": 8} | defines
+  source = "".join(f"#define {k} {v}\n" for k, v in defines.items()) + c_source()
+  def program(*bufs):
+    core_id = UOp.variable("core_id", 0, cores - 1, dtypes.int)  # one call for each value, in parallel
+    size = sum(t.nbytes() for t in [*outs.values(), *srcs.values()])
+    sink = UOp.sink(*bufs, core_id, arg=KernelInfo(name=name, estimates=Estimates(2 * work, size, size)))
+    ids = tuple(range(len(bufs)))
+    info = ProgramInfo(name, (cores, 1, 1), None, (core_id,), ids, ids[:len(outs)], ids[len(outs):])
+    parts = UOp(Ops.DEVICE, arg="CPU"), UOp(Ops.LINEAR, src=(*sink.src, sink)), UOp(Ops.SOURCE, arg=source)
+    return UOp(Ops.PROGRAM, src=(sink, *parts), arg=info)
+  first, *rest = outs.values()
+  return first.custom_kernel(*rest, *srcs.values(), fxn=program, grad_fxn=backward)[0]
+
+def matmul(a, b, kind="nt", batched=False):
+  """a @ b.T ("nt": a Linear), a @ b ("nn") or a.T @ b ("tn") of the last two dimensions; leading ones are a batch, or
+  more rows. A float32 b is exact and has a gradient; others round a to bfloat16 where the CPU multiplies that."""
+  if not in_c(a.device):
+    if kind == "tn" and not batched:
+      a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
+    b = widen(b)
     return (a.transpose(-1, -2) if kind == "tn" else a) @ (b.transpose(-1, -2) if kind == "nt" else b)
   lead = a.shape[:-2] if batched else ()
-  Z, cols, rows = math.prod(lead), a.shape[-1], math.prod(a.shape[len(lead):-1])
-  (I, P), J = (cols, rows) if kind == "tn" else (rows, cols), b.shape[-2 if kind == "nt" else -1]
-  defines = {"CORES": cores(), "BATCH": Z, "I": I, "J": J, "P": P, "A_I": 1 if kind == "tn" else P, "A_P": I if kind == "tn" else 1,
-             "B_P": 1 if kind == "nt" else J, "B_J": P if kind == "nt" else 1}
-  size = 4 * Z * (I * P + P * J + I * J)
+  Z, rows, cols = math.prod(lead), math.prod(a.shape[len(lead):-1]), a.shape[-1]
+  (I, K), J = (cols, rows) if kind == "tn" else (rows, cols), b.shape[-2 if kind == "nt" else -1]
+  bits = FORMATS[b.dtype]
+  out = Tensor.invalids(*((*lead, I, J) if kind == "tn" else (*a.shape[:-1], J)), dtype=dtypes.float32, device=a.device)
+  outs, rounded = {"out": out}, b.dtype == dtypes.uint16 and not PORTABLE
+  if rounded:  # a in bfloat16, once for each core
+    shape = CPU_COUNT.value, I, -(-K // 32) * 16 + 16
+    outs["scratch"] = Tensor.invalids(*shape, dtype=dtypes.int32, device=a.device)
+  defines = {"BATCH": Z, "I": I, "J": J, "K": K, "A_T": int(kind == "tn"), "B_T": int(kind == "nt"), "BITS": bits,
+             "FLOAT16": int(b.dtype == dtypes.float16), "ROUNDED": int(rounded)}
+  if kind != "nt" or Z > 1:
+    defines["FEW"] = 0
+  def backward(grad, call):
+    d, a, b = Tensor(grad), *map(Tensor, call.src[2:4])
+    ways = {"nt": ((d, b, "nn"), (d, a, "tn")), "nn": ((d, b, "nt"), (a, d, "tn")), "tn": ((b, d, "nt"), (a, d, "nn"))}
+    return None, *(matmul(*way, batched).uop for way in ways[kind])
+  name = f"matmul_{kind}_{b.dtype.name}_{Z}_{I}_{J}_{K}"
+  return cpu_kernel(name, defines, outs, {"x": a, "b": b}, Z * I * J * K, backward if bits == 32 else None)
 
-  def backward(grad:UOp, call:UOp) -> tuple[UOp|None, ...]:
-    d, a, b = Tensor(grad), Tensor(call.src[2]), Tensor(call.src[3])
-    if kind == "nt": da, db = gemm(d, b, "nn", batched), gemm(d, a, "tn", batched)
-    elif kind == "nn": da, db = gemm(d, b, "nt", batched), gemm(a, d, "tn", batched)
-    else: da, db = gemm(b, d, "nt", batched), gemm(a, d, "nn", batched)
-    return None, da.uop, db.uop
-  shape = (*lead, I, J) if kind == "tn" else (*a.shape[:-1], J)
-  return Tensor.invalids(*shape, dtype=dtypes.float32, device=a.device).custom_kernel(a, b, grad_fxn=backward, fxn=lambda *bufs: program(
-    f"gemm_{kind}_{Z}_{I}_{J}_{P}".replace("_1_", "_", 1 if Z == 1 else 0), GEMM, defines, Estimates(2 * Z * I * J * P, size, size), bufs))[0]
+def rows(w, ids):
+  """Rows ids (B, T) of w (V, D) -> (B, T, D) float32."""
+  if not in_c(w.device):
+    return widen(w[ids])
+  I, K = ids.numel(), w.shape[1]
+  defines = {"ROWS": 1, "I": I, "J": 1, "K": K, "BITS": FORMATS[w.dtype], "FLOAT16": int(w.dtype == dtypes.float16),
+             "BATCH": 1, "A_T": 0, "B_T": 1}
+  outs = {"out": Tensor.invalids(*ids.shape, K, dtype=dtypes.float32, device=w.device)}
+  return cpu_kernel(f"rows_{w.dtype.name}_{I}_{K}", defines, outs, {"ids": ids, "b": w}, I * K)
 
-# ---- 11. Training ----
-def training_mask(prefix, total, n, window=None):
-  """Row b of prefix (B,): how many tokens all see each other; of total (B,): how many are not padding -> (B, 1, n, n) bool.
-
-      3 prefix + 2 answer tokens, 1 padding     1 1 1 0 0 0
-      a row is a query, a column what           1 1 1 0 0 0
-      it may look at                            1 1 1 0 0 0
-                                                1 1 1 1 0 0
-                                                1 1 1 1 1 0
-  """
-  query, key = np.arange(n)[:, None], np.arange(n)[None]
-  prefix, total = (np.asarray(t)[:, None, None] for t in (prefix, total))
-  near = (key <= query) & (key > query - (window or n))
-  return ((near | ((query < prefix) & (key < prefix))) & (key < total))[:, None]
-
-def loss(net, pixels, ids, cos, sin, masks, weight):
-  """Mean next-token cross-entropy over the answers. pixels (G, 3, S, S): picture g belongs to B / G rows in turn of
-  ids (B, T + 1), the text; masks (full, sliding) (B, 1, 1, n, n); weight (B, T): 1 where the next token is scored."""
-  gemma, (B, T), V = net.language_model, weight.shape, net.language_model.config.vocab
-  image = net.multi_modal_projector.linear(net.vision_tower(pixels))  # (G, P, D)
-  G, P, D = image.shape
-  image = image.reshape(G, 1, P, D).expand(G, B // G, P, D).reshape(B, P, D)
-  # As a product with one-hot rows, because its gradient is a product too: that of a look-up took a third of the step.
-  one_hot = (ids[:, :-1].unsqueeze(-1) == Tensor.arange(V, device=ids.device)).float()
-  text = gemm(one_hot, gemma.embed_tokens.weight.float(), "nn") * gemma.config.width ** 0.5
-  x = gemma(image.cat(text, dim=1), cos, sin, masks, [lambda k, v: (k, v)] * gemma.config.layers)
-  logits = gemma.logits(x[:, P:].contiguous()).contiguous()  # (B, T, V)
-  target = (ids[:, 1:].unsqueeze(-1) == Tensor.arange(V, device=ids.device)).where(logits, 0).sum(-1)
-  return ((logits.logsumexp(-1) - target) * weight).sum() / weight.sum()
-
-# ---- 12. Command line ----
-REAL = "real weights: see 'Weights' in README.md"
-
+# ---- 11. Command line ----
 def default_weights():
   """The largest checkpoint under weights/, by bytes of safetensors: a downloaded model wins over the shipped toy."""
-  size = lambda folder: sum(f.stat().st_size for f in folder.glob("*.safetensors"))
   folders = [f.parent for f in sorted(Path(__file__).with_name("weights").glob("*/config.json"))]
-  if not any(map(size, folders)):
-    raise Fault(f"no checkpoint under weights/; name one with --weights, or get one ({REAL})")
-  return max(folders, key=size)
-
-def ask(model, images, prompt, args):
-  """One question, as the command line answers it -> exit code."""
-  pictures = [open_image(name) for name in images]
-  import draw
-  out, tokens, interrupted = args.out or f"{Path(images[0]).stem}.boxes.png", [], False
-  if args.out:
-    draw.check_output(args.out, images)
-  def rows():
-    for row in model.tokens([pictures], [prompt], args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed):
-      status("")
-      tokens.append(row[0])
-      yield row[0]
-  try:
-    for piece in model.tokenizer.stream(rows()):
-      if not args.json:
-        print(piece, end="", flush=True)
-  except KeyboardInterrupt:  # what is there stays there
-    interrupted = True
-  answer = model.answer(pictures[0], tokens)
-  if args.json:
-    boxes = [{"label": b.label, "box": [round(v, 1) for v in b.box]} for b in answer.boxes]
-    print(json.dumps({"text": answer.text, "tokens": tokens, "prompt_tokens": model.tokenizer.prompt(prompt),
-                      "boxes": boxes, "timings": model.timings}))
-  else:
-    print(flush=True)
-  status("")
-  if answer.boxes:
-    draw.check_output(out, images)
-    draw.save_picture(draw.draw_boxes(pictures[0], answer.boxes), out)
-    say(args, f"{len(answer.boxes)} boxes drawn: {out}")
-  elif args.out:
-    say(args, f"no boxes in the answer: {args.out} not written")
-  t = model.timings
-  speed = t.get("decode_tok_s") or 0
-  say(args, f"load {t['load_s']:.2f} s, vision {t.get('vision_s', 0):.2f} s, prefill {t.get('prefill_s', 0):.2f} s, "
-            f"{speed:.1f} tok/s, {speed * model.bytes / 1e9:.1f} GB/s")
-  return 130 if interrupted else 0
+  size = {folder: sum(f.stat().st_size for f in folder.glob("*.safetensors")) for folder in folders}
+  if not any(size.values()):
+    raise Fault("no checkpoint under weights/; name one with --weights, or get one (README.md, Weights)")
+  return max(folders, key=size.get)
 
 def status(text):
   """A line of progress on a terminal's stderr, each over the last."""
@@ -820,8 +691,39 @@ def status(text):
     print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 def say(args, text):
+  status("")
   if not args.quiet:
     print(text, file=sys.stderr)
+
+def ask(model, images, prompt, args):
+  """One question, as the command line answers it -> exit code."""
+  pictures, tokens, code, t = [open_image(name) for name in images], [], 0, model.timings
+  options = args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed
+  def ids():
+    for row in model.tokens([pictures], [prompt], *options):
+      status("")
+      tokens.append(row[0])
+      yield row[0]
+  try:
+    for piece in model.tokenizer.stream(ids()):
+      if not args.json:
+        print(piece, end="", flush=True)
+  except KeyboardInterrupt:  # what is there stays there
+    code = 130
+  answer = model.answer(pictures[0], tokens)
+  boxes = [{"label": b.label, "box": [round(v, 1) for v in b.box]} for b in answer.boxes]
+  print(json.dumps({"text": answer.text, "tokens": tokens, "prompt_tokens": model.tokenizer.prompt(prompt),
+                    "boxes": boxes, "timings": t}) if args.json else "", flush=True)
+  if boxes:
+    out = args.out or f"{Path(images[0]).stem}.boxes.png"
+    draw.save_picture(draw.draw_boxes(pictures[0], answer.boxes), out, images)
+    say(args, f"{len(boxes)} boxes drawn: {out}")
+  elif args.out:
+    say(args, f"no boxes in the answer: {args.out} not written")
+  speed = t.get("decode_tok_s") or 0
+  say(args, f"load {t['load_s']:.2f} s, vision {t.get('vision_s', 0):.2f} s, prefill {t.get('prefill_s', 0):.2f} s, "
+            f"{speed:.1f} tok/s, {speed * model.bytes / 1e9:.1f} GB/s")
+  return code
 
 def talk(model, image, args):
   """Question after question about a picture, until an empty line or the end of the input."""
@@ -840,16 +742,16 @@ def talk(model, image, args):
     except Fault as e:
       print(f"vlm: {e}", file=sys.stderr)
 
-class Parser(argparse.ArgumentParser):
-  def error(self, message):
-    raise Fault(f"{message}; see --help")
-
 def main(argv=None):
-  p = Parser(prog="vlm.py", description="Ask PaliGemma about a picture. Without a prompt: ask again and again.",
-             epilog='prompts of the mix checkpoints: "caption en", "answer en QUESTION", "detect A ; B", "segment A", "ocr"')
+  def fail(message):  # one line, like every other fault
+    raise Fault(f"{message}; see --help")
+  p = argparse.ArgumentParser(
+    prog="vlm.py", description="Ask PaliGemma about a picture. Without a prompt: ask again and again.",
+    epilog='prompts of mix checkpoints: "caption en", "answer en QUESTION", "detect A ; B", "segment A"')
+  p.error = fail
   p.add_argument("inputs", nargs="*", metavar="IMAGE [PROMPT]", help="a picture, or several, then the prompt")
   p.add_argument("--weights", metavar="DIR", help="a PaliGemma folder (default: the largest under weights/)")
-  p.add_argument("--max-tokens", type=int, default=MAX_TOKENS, metavar="N", help=f"longest answer (default {MAX_TOKENS})")
+  p.add_argument("--max-tokens", type=int, default=MAX_TOKENS, metavar="N", help="longest answer (default %(default)s)")
   p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: always the likeliest token (default)")
   p.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens")
   p.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens of mass P")
@@ -858,33 +760,23 @@ def main(argv=None):
   p.add_argument("--json", action="store_true", help="one JSON object instead of text")
   p.add_argument("--device", metavar="DEV", help="METAL, CUDA, CPU, ... (default: the best there is, or $DEV)")
   p.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
-  t = p.add_argument_group("training (examples/train.py)")
-  t.add_argument("--train", nargs="?", const="", metavar="DATA", help="a folder with data.jsonl; none: the toy world")
-  t.add_argument("--init", metavar="DIR", help="checkpoint to start from (default: random weights)")
-  t.add_argument("--save", default="weights/trained", metavar="DIR", help="where the checkpoint goes (default: %(default)s)")
-  t.add_argument("--steps", type=int, default=2000, metavar="N", help="updates (default: %(default)s)")
-  t.add_argument("--batch", type=int, default=64, metavar="B", help="questions an update (default: %(default)s)")
-  t.add_argument("--lr", type=float, default=1.2e-3, metavar="R", help="highest learning rate (default: %(default)s)")
-  t.add_argument("--train-only", default="all", choices=["all", "projector", "attention", "language"], help="freeze the rest")
-  t.add_argument("--resume", action="store_true", help="go on with the run in --save")
-  t.add_argument("--skip-bad", action="store_true", help="leave out bad lines of data.jsonl")
+  train.add_arguments(p)
   try:
     args = p.parse_args(argv)
-    sys.path.append(str(Path(__file__).with_name("examples")))
     if args.device:
       DEV.value = args.device
     if args.train is not None:
-      import train
       return train.run(args)
     images, prompt = args.inputs[:1], " ".join(args.inputs[1:])
     if not images:
       images, prompt = [str(Path(__file__).with_name("examples") / "shapes.png")], "caption en"
-    check_sampling(args.max_tokens, args.temperature, args.top_k, args.top_p)  # before the seconds of loading
+    check_sampling(args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed)  # all before the slow part
     open_image(images[0])
+    if args.out:
+      draw.check_output(args.out, images)
     folder = args.weights or default_weights()
     status(f"loading {folder}")
     model = load(folder)
-    status("")
     if model.config.note:
       say(args, model.config.note)
     if not prompt and len(args.inputs) == 1:
@@ -897,6 +789,11 @@ def main(argv=None):
   except KeyboardInterrupt:
     return 130
 
+# The programs in examples/ build on this file, so they come last; what they import as vlm is this, not a second copy.
+sys.modules["vlm"] = sys.modules[__name__]
+sys.path.append(str(Path(__file__).with_name("examples")))
+import draw  # noqa: E402
+import train  # noqa: E402
+
 if __name__ == "__main__":
-  sys.modules["vlm"] = sys.modules["__main__"]  # the programs in examples/ import vlm: this one, not a second copy
   sys.exit(main())

@@ -34,8 +34,9 @@ def check_output(path, inputs):
   if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
     raise Fault(f"--out {path}: cannot be written; choose another place")
 
-def save_picture(image, path):
-  """The whole picture or none: encoded first, then written."""
+def save_picture(image, path, inputs):
+  """The whole picture or none: encoded first, then written. Raises Fault."""
+  check_output(path, inputs)
   data = io.BytesIO()
   image.save(data, Image.registered_extensions()[Path(path).suffix.lower()])
   try:

@@ -158,7 +158,7 @@ def noise():
   return np.stack([(normal * s).round().clip(-16, 16).astype(np.int8).view(np.uint8) for s in (0, 2, 4, 6)])
 
 
-def scene(seed, i, size=None):
+def scene(seed, i, size=None, most=4):
   """Scene number i of a seed, whatever was drawn before. size: (width, height), 64 to 512 each; if None, the sides
   vary from 96 to 320 and the aspect ratio up to 2."""
   rng = np.random.default_rng((seed, i))
@@ -167,7 +167,7 @@ def scene(seed, i, size=None):
   width, height = size or rng.permutation([longer, shorter]).tolist()
   if not 64 <= min(width, height) <= max(width, height) <= 512:
     raise ValueError(f"size {width} x {height}: each side must be 64 to 512 pixels")
-  count, objects = rng.choice(4, p=COUNTS) + 1, None
+  count, objects = rng.choice(most, p=np.array(COUNTS[:most]) / sum(COUNTS[:most])) + 1, None
   while objects is None:  # names without replacement: no two objects have both colour and shape in common
     objects = arrange(rng, rng.choice(NAMES, count, replace=False).tolist(), width, height)
   image = background(rng, width, height)
@@ -261,9 +261,9 @@ def tasks(scene, rng):
   return asked
 
 
-def examples(seed, i, k):
+def examples(seed, i, k, most=4):
   """-> picture, list of k different (prefix, suffix) about it, in random order; k up to 20."""
-  drawn, rng = scene(seed, i), np.random.default_rng((seed, i, 1))
+  drawn, rng = scene(seed, i, most=most), np.random.default_rng((seed, i, 1))
   pools = questions(drawn)
   kinds = [kind for kind in MIX if kind == "detect" or pools[kind]]
   edges = np.cumsum([MIX[kind] for kind in kinds])
