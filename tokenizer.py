@@ -34,7 +34,7 @@ class Tokenizer:
       raise ValueError(f"{path} has no <bos> or no newline piece: it is not a PaliGemma tokenizer")
 
   def encode(self, text):
-    """str -> list of ids. <locNNNN> and <segNNN> are single ids; control names such as <bos> or <image> are plain text."""
+    """str -> list of ids. <locNNNN> and <segNNN> are single ids; control names such as <bos> are plain text."""
     ids, end = [], 0
     for match in SPECIAL.finditer(text):
       ids += self._plain(text[end:match.start()]) + [self.ids[match.group()]]

@@ -505,7 +505,7 @@ def read_tensors(path):
   MAPS.append(data)
   tensors, data = {}, np.asarray(data)[start:]
   for name, t in header.items():
-    if name != "__metadata__":
+    if name != "__metadata__" and not name.endswith((".position_ids", ".inv_freq")):  # constants, once saved
       if t["dtype"] not in TYPES:
         raise Fault(f"{path}: {name} is {t['dtype']}; weights must be float32, float16 or bfloat16")
       tensors[name] = data[slice(*t["data_offsets"])].view(TYPES[t["dtype"]]).reshape(t["shape"])
@@ -526,8 +526,7 @@ def read_weights(folder):
     for name, array in read_tensors(folder / file).items():
       if canonical(name) in arrays:
         raise Fault(f"{folder / file}: {name} is there twice")
-      if not name.endswith((".position_ids", ".inv_freq")):  # constants that old versions saved
-        arrays[canonical(name)] = array
+      arrays[canonical(name)] = array
   embedding, head = "language_model.embed_tokens.weight", arrays.pop("language_model.lm_head.weight", None)
   head = arrays.pop("lm_head.weight", head)
   if head is not None:  # the head is the embedding matrix; some files hold it twice, some only under this name
@@ -660,11 +659,13 @@ def matmul(a, b, kind="nt", batched=False):
   if kind != "nt" or Z > 1:
     defines["FEW"] = 0
   def backward(grad, call):
-    d, a, b = Tensor(grad), *map(Tensor, call.src[2:4])
+    d, a, b = Tensor(grad), *map(Tensor, call.src[1 + len(outs):])
+    if bits < 32:  # a frozen weight passes the gradient on
+      return *[None] * len(outs), matmul(d, widen(b), "nn").uop, None
     ways = {"nt": ((d, b, "nn"), (d, a, "tn")), "nn": ((d, b, "nt"), (a, d, "tn")), "tn": ((b, d, "nt"), (a, d, "nn"))}
     return None, *(matmul(*way, batched).uop for way in ways[kind])
   name = f"matmul_{kind}_{b.dtype.name}_{Z}_{I}_{J}_{K}"
-  return cpu_kernel(name, defines, outs, {"x": a, "b": b}, Z * I * J * K, backward if bits == 32 else None)
+  return cpu_kernel(name, defines, outs, {"x": a, "b": b}, Z * I * J * K, backward)
 
 def rows(w, ids):
   """Rows ids (B, T) of w (V, D) -> (B, T, D) float32."""

@@ -70,7 +70,7 @@ def mask(obj):
 def place(rng, color, shape, width, height):
   """An Object of random size, tilt and position inside the picture."""
   size, tilt, x, y = rng.random(4).tolist()
-  size = max(18, (.16 + .29 * size) * min(width, height))  # a star of fewer than 18 pixels is a blot
+  size = max(18, (.22 + .26 * size) * min(width, height))  # a star of fewer than 18 pixels is a blot
   corner = np.arange(CORNERS[shape])
   angle = (corner / len(corner) - (1 / 8 if shape == "square" else 1 / 4)) * 2 * np.pi + (2 * tilt - 1) * TILT[shape]
   radius = np.where(corner % 2, .42, 1) if shape == "star" else 1

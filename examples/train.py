@@ -1,8 +1,8 @@
 """Training: the toy world from random weights, or a folder of pictures on top of a checkpoint. `python vlm.py --train`.
 
-A data folder holds pictures and a data.jsonl with lines {"image": file, "prefix": question, "suffix": answer}, the format
-of PaliGemma's own fine-tunes. A run's folder (--save) is a complete PaliGemma folder, plus training.safetensors (what
---resume needs), loss.csv and loss.png.
+A data folder holds pictures and a data.jsonl with lines {"image": file, "prefix": question, "suffix": answer}, the
+format of PaliGemma's own fine-tunes. A run's folder (--save) is a complete PaliGemma folder, plus training.state
+(what --resume needs), loss.csv and loss.png.
 """
 import csv
 import json
@@ -30,14 +30,17 @@ from vlm import Fault
 TEXT = 36      # text positions of a toy batch: the longest question and answer of the toy world have 39 tokens
 QUESTIONS = 2  # a toy picture is asked so many questions at once: SigLIP runs once for all of them
 TOY = {
-  "model_type": "paligemma", "image_token_index": 424 + 1024 + 128, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0,
-  "hidden_size": 128, "projection_dim": 128, "dtype": "float32",
-  "note": "this is the toy: it only knows pictures like examples/shapes.png (real weights: see README.md)", "architectures": ["PaliGemmaForConditionalGeneration"],
-  "vision_config": {"model_type": "siglip_vision_model", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4,
-                    "num_attention_heads": 4, "image_size": 112, "patch_size": 14, "vision_use_head": False},
-  "text_config": {"model_type": "gemma", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
-                  "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 32, "num_image_tokens": 64,
-                  "vocab_size": 1584, "max_position_embeddings": 1024},
+  "model_type": "paligemma", "architectures": ["PaliGemmaForConditionalGeneration"], "dtype": "float32",
+  "note": "this is the toy: it knows only pictures like examples/shapes.png (real weights: see README.md)",
+  "image_token_index": 424 + 1024 + 128, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0,
+  "hidden_size": 128, "projection_dim": 128,
+  "vision_config": {
+    "model_type": "siglip_vision_model", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "image_size": 112, "patch_size": 14, "vision_use_head": False},
+  "text_config": {
+    "model_type": "gemma", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 32, "num_image_tokens": 64, "vocab_size": 1584,
+    "max_position_embeddings": 1024},
 }
 
 def toy_weights(net, config, tokenizer, device, seed=0):
@@ -64,8 +67,8 @@ def toy_weights(net, config, tokenizer, device, seed=0):
     t.replace(Tensor(value.astype(np.float32), device=device).realize())
 
 def whitening(config, pictures=200):
-  """The strongest principal components of the toy world's patches, each scaled to variance 1 -> (Dv, 3 * p * p). Flat colour
-  is nearly all of a patch's variance; seen through random weights it drowned the edges, and shapes were not learnt."""
+  """The strongest principal components of the toy world's patches, each scaled to variance 1 -> (Dv, 3 * p * p). Flat
+  colour is nearly all of a patch's variance, and seen through random weights it drowns the edges."""
   S, p, g = config.image_size, config.patch_size, config.image_size // config.patch_size
   pixels = np.concatenate([vlm.to_pixels(shapes.scene(shapes.TRAIN_SEED, i).image, S) for i in range(pictures)])
   patches = pixels.reshape(-1, 3, g, p, g, p).transpose(0, 2, 4, 1, 3, 5).reshape(-1, 3 * p * p)
@@ -78,7 +81,7 @@ def waves(position, width, most):
   return np.concatenate([np.sin(angle), np.cos(angle)], 1)
 
 PARTS = {"all": "", "projector": r"multi_modal_projector\.", "attention": r"language_model.*self_attn\.",
-         "language": r"language_model\."}  # --train-only: which weights move; attention alone is big_vision's own recipe
+         "language": r"language_model\."}  # --train-only: which weights move; attention is big_vision's own recipe
 
 def training_mask(prefix, total, n, window=None):
   """prefix (B,): how many tokens of a row all see each other; total (B,): how many are no padding -> (B, 1, n, n) bool.
@@ -101,9 +104,13 @@ def loss(net, pixels, ids, cos, sin, masks, weight):
   image = net.multi_modal_projector.linear(net.vision_tower(pixels))  # (G, P, D)
   G, P, D = image.shape
   image = image.reshape(G, 1, P, D).expand(G, B // G, P, D).reshape(B, P, D)
-  # As a product with one-hot rows, because its gradient is a product too: that of a look-up took a third of the step.
-  one_hot = (ids[:, :-1].unsqueeze(-1) == Tensor.arange(V, device=ids.device)).float()
-  text = vlm.matmul(one_hot, gemma.embed_tokens.weight.float(), "nn") * gemma.config.width ** 0.5
+  embedding = gemma.embed_tokens.weight
+  if embedding.dtype == dtypes.float32 and V < 10000:
+    # As a product with one-hot rows, because its gradient is a product too: that of a look-up took a third of the step.
+    one_hot = (ids[:, :-1].unsqueeze(-1) == Tensor.arange(V, device=ids.device)).float()
+    text = vlm.matmul(one_hot, embedding, "nn") * gemma.config.width ** 0.5
+  else:
+    text = vlm.widen(embedding[ids[:, :-1]]) * gemma.config.width ** 0.5
   x = gemma(image.cat(text, dim=1), cos, sin, masks, [lambda k, v: (k, v)] * gemma.config.layers)
   logits = gemma.logits(x[:, P:].contiguous()).contiguous()  # (B, T, V)
   target = (ids[:, 1:].unsqueeze(-1) == Tensor.arange(V, device=ids.device)).where(logits, 0).sum(-1)
@@ -111,22 +118,32 @@ def loss(net, pixels, ids, cos, sin, masks, weight):
 
 class Trainer:
   """AdamW on the weights whose names match `part` (a key of PARTS), in one compiled step; no gradient for the rest."""
-
   def __init__(self, net, config, part="all"):
     self.net, self.config = net, config
     self.weights = {n: t for n, t in get_state_dict(net).items() if re.match(PARTS[part], n)}
     for t in self.weights.values():  # small steps would round away in half precision
       t.replace(vlm.widen(t).contiguous().realize())
-    # The embedding, which is the head too, learns at a tenth of the rate: most of its rows are seen seldom, and Adam makes
-    # each sighting a full step. At the full rate <loc> answers stayed worse than chance for thousands of steps.
+    # The embedding, which is the head too, learns at a tenth of the rate: most of its rows are seen seldom, and Adam
+    # makes each sighting a full step. At the full rate <loc> answers stayed worse than chance for thousands of steps.
     slow = {n: t for n, t in self.weights.items() if "embed_tokens" in n}
     groups = [(1.0, [t for n, t in self.weights.items() if n not in slow]), (0.1, list(slow.values()))]
     self.optimizers = [(rate, nn.optim.AdamW(group, lr=0.0, b2=0.99)) for rate, group in groups if group]
-    self.step_jit, self.loss_jit = TinyJit(self._step), TinyJit(self._loss)
+    weights, optimizers = list(self.weights.values()), [optimizer for _, optimizer in self.optimizers]
+    def batch_loss(pixels, ids, cos, sin, full, sliding, weight):
+      return loss(net, pixels, ids, cos, sin, (full, sliding), weight)
+    def update(*batch):
+      value = batch_loss(*batch)
+      gradients = value.gradient(*weights)
+      norm = Tensor.stack(*[g.square().sum() for g in gradients]).sum().sqrt()
+      clip = (1 / (norm + 1e-6)).minimum(1).contiguous()  # to a norm of 1
+      for t, g in zip(weights, gradients):
+        t.grad = g * clip
+      return value.realize(*[t for optimizer in optimizers for t in optimizer.schedule_step()])
+    self.step_jit, self.loss_jit = TinyJit(update), TinyJit(batch_loss)  # neither holds self: see VLM._run
     self.step_jit.cnt = self.loss_jit.cnt = 1
 
   def batch(self, rows, pixels, T):
-    """rows: B pairs of ids (prefix, answer with its eos); pixels (G, 3, S, S) -> what a step takes. T: text positions."""
+    """rows: B pairs of ids (prefix, answer with its eos), pixels (G, 3, S, S), T text positions -> inputs of `step`."""
     P, device = self.config.patches, self.optimizers[0][1].device
     ids, weight = np.zeros((len(rows), T + 1), np.int32), np.zeros((len(rows), T), np.float32)
     for i, (prefix, answer) in enumerate(rows):
@@ -136,18 +153,6 @@ class Trainer:
     masks = [training_mask(*lengths, P + T, window)[:, None] for window in (None, self.config.window)]
     cos, sin = vlm.rope_table(self.config, np.arange(P + T))
     return [Tensor(t, device=device).realize() for t in (pixels, ids, cos, sin, *masks, weight)]
-
-  def _loss(self, pixels, ids, cos, sin, full, sliding, weight):
-    return loss(self.net, pixels, ids, cos, sin, (full, sliding), weight)
-
-  def _step(self, *batch):
-    value = self._loss(*batch)
-    gradients = value.gradient(*self.weights.values())
-    norm = Tensor.stack(*[g.square().sum() for g in gradients]).sum().sqrt()
-    clip = (1 / (norm + 1e-6)).minimum(1).contiguous()  # to a norm of 1
-    for t, g in zip(self.weights.values(), gradients):
-      t.grad = g * clip
-    return value.realize(*[t for _, optimizer in self.optimizers for t in optimizer.schedule_step()])
 
   def step(self, batch, lr):
     """One update -> the loss before it."""
@@ -168,9 +173,9 @@ class Trainer:
     return self.loss_jit(*batch).item()
 
 class Toy:
-  """Scenes drawn as they are needed: batch i is always the same. The first tenth of the steps shows one shape a picture,
-  the second up to two, the third up to three: what a name looks like and where it is are learnt in minutes from single
-  shapes, and from four at once not in an hour."""
+  """Scenes drawn as they are needed: batch i is always the same. The first tenth of the steps shows one shape a
+  picture, the second up to two, the third up to three: what a name looks like and where it is are learnt in minutes
+  from single shapes; from up to four at once 3000 steps were not enough to see either."""
   def __init__(self, tokenizer, config, rows, steps):
     self.tokenizer, self.side, self.text, self.steps = tokenizer, config.image_size, TEXT, steps
     self.questions = math.gcd(QUESTIONS, rows)
@@ -197,8 +202,8 @@ def tokenize(tokenizer, prefix, suffix):
   return tokenizer.prompt(prefix), tokenizer.encode(suffix) + [tokenizer.eos]
 
 class Folder:
-  """The lines of DATA/data.jsonl, one in twenty of them held out. Raises Fault for bad lines, all at once, unless they are
-  to be skipped."""
+  """The lines of DATA/data.jsonl, one in twenty of them held out. Raises Fault for bad lines, all at once, unless they
+  are to be skipped."""
   def __init__(self, folder, tokenizer, config, rows, skip_bad):
     self.folder, self.config, self.rows, self.examples, bad = Path(folder), config, rows, [], []
     self.path = self.folder / "data.jsonl"
@@ -273,9 +278,9 @@ class Run:
   a kill at any moment leaves a checkpoint that answers and a state that --resume continues from."""
   def __init__(self, args):
     self.args, self.folder = args, Path(args.save)
-    self.state = self.folder / "training.safetensors"
+    self.state = self.folder / "training.state"
     if args.resume and not self.state.exists():
-      raise Fault(f"{self.folder} holds no training.safetensors: there is nothing to resume")
+      raise Fault(f"{self.folder} holds no training.state: there is nothing to resume")
     if self.state.exists() and not args.resume:
       raise Fault(f"{self.folder} holds a training run; --resume continues it, another --save starts a new one")
     if args.train and not (args.init or args.resume):
@@ -294,9 +299,10 @@ class Run:
             Toy(self.model.tokenizer, self.model.config, args.batch, args.steps))
     self.data, self.done, self.history = data, 0, []
     self.settings = {key: getattr(args, key) for key in ("train", "steps", "batch", "lr", "train_only")}
-    need = 4 * sum(t.numel() for t in get_state_dict(self.model.net).values()) + 12 * sum(t.numel() for t in self.trainer.weights.values())
-    if shutil.disk_usage(self.folder).free < 2 * need:
-      raise Fault(f"{self.folder}: a checkpoint takes {need / 1e6:.0f} MB twice over, and the disk has less; free some", 1)
+    count = lambda tensors: sum(t.numel() for t in tensors.values())
+    need = 4 * (count(get_state_dict(self.model.net)) + 3 * count(self.trainer.weights))
+    if shutil.disk_usage(self.folder).free < 2 * need:  # the old files stay until the new ones are whole
+      raise Fault(f"{self.folder}: checkpoints take {2 * need / 1e6:.0f} MB, and the disk has less; free some", 1)
     if args.resume:
       self.restore()
 
@@ -321,7 +327,8 @@ class Run:
       saved = json.loads(file.metadata()["run"])
       if saved["settings"] != self.settings:
         wrong = [k for k, v in saved["settings"].items() if v != self.settings[k]]
-        raise Fault(f"this run was started with --{wrong[0].replace('_', '-')} {saved['settings'][wrong[0]]}; resume with that")
+        raise Fault(f"this run was started with --{wrong[0].replace('_', '-')} {saved['settings'][wrong[0]]}; "
+                    "resume with that")
       for name, tensor in self.trainer.state().items():
         tensor.assign(Tensor(file.get_tensor(name), device=tensor.device)).realize()
     self.done, self.history = saved["step"], saved["history"]
@@ -422,9 +429,10 @@ def write_file(path, arrays, metadata=None):
   kinds = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", np.dtype(np.uint16): "BF16"}
   header, end = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
   for name, array in arrays.items():
-    header[name] = {"dtype": kinds[array.dtype], "shape": list(array.shape), "data_offsets": [end, end := end + array.nbytes]}
+    place = [end, end := end + array.nbytes]
+    header[name] = {"dtype": kinds[array.dtype], "shape": list(array.shape), "data_offsets": place}
   text = json.dumps(header).encode()
-  text += b" " * (-(8 + len(text)) % 64)  # tensors that start at a multiple of 64 bytes can be used where the file is mapped
+  text += b" " * (-(8 + len(text)) % 64)  # aligned for vectors: the CPU uses tensors where the file is mapped
   part = path.with_name(path.name + ".part")
   try:
     with open(part, "wb") as file:

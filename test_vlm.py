@@ -1,0 +1,1101 @@
+"""Tests of vlm.py, tokenizer.py and examples/draw.py: offline, on the tiny checkpoints of weights/.
+
+Golden numbers are transformers' (examples/golden.py). `-k live` compares with transformers itself, with new seeds and
+sizes at every run; it needs torch and transformers. A failure names its seed: VLM_SEED=N repeats it.
+"""
+import functools
+import gc
+import io
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import stat
+import struct
+import subprocess
+import sys
+import weakref
+import zlib
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import sentencepiece
+from PIL import Image
+from tinygrad import Tensor, dtypes
+from tinygrad.helpers import Context
+from tinygrad.nn.state import get_state_dict
+
+ROOT = Path(__file__).resolve().parent
+sys.path.append(str(ROOT / "examples"))
+import golden
+import train
+import vlm
+from tokenizer import LOC, SEG, Box, Tokenizer, parse_boxes
+
+WEIGHTS, KINDS = ROOT / "weights", ("tiny1", "tiny2", "tiny2-28b")
+# Largest difference, in standard deviations of the stage. Float32 alone is measured to differ by 1e-5 at most.
+TOLERANCE = {"vision": 1e-4, "projected": 1e-4, "logits": 1e-4}
+ROUNDING = 2e-5  # the same sums in another order, in standard deviations
+# With the processor's bfloat16 instructions a matmul's input is rounded to 8 bits as well: 2^-9 an element, measured to
+# come to 0.02 in the logits of the tiny models. vlm.PORTABLE turns those instructions off; then the rest must be exact.
+BFLOAT16 = 0.05
+SHORT, LONG = "detect cat ; dog", golden.PROMPTS[2]
+
+@functools.cache
+def model(kind):
+  return vlm.load(WEIGHTS / kind)
+
+@functools.cache
+def expected(kind):
+  return dict(np.load(WEIGHTS / kind / "golden.npz"))
+
+@functools.cache
+def pixels(count=2, seed=golden.SEED):
+  return golden.pixels(56, count, seed)
+
+def differ(a, b):
+  """Largest difference in standard deviations of b; shapes must be equal."""
+  assert a.shape == b.shape
+  return float(np.abs(np.float64(a) - b).max() / b.std())
+
+def run(m, images, prompts, **options):
+  """-> tokens, a list a row; logits (steps, B, V), those that each of the tokens was chosen from"""
+  seen, options = [], dict(max_tokens=golden.TOKENS) | options
+  def recorded(function):
+    def call(*args):
+      token, logits = function(*args)
+      seen.append(logits.numpy())
+      return token, logits
+    return call
+  with mock.patch.object(m, "prefill", recorded(m.prefill)), mock.patch.object(m, "decode", recorded(m.decode)):
+    steps = list(m.tokens(images, prompts, **options))
+  return [[step[i] for step in steps if step[i] is not None] for i in range(len(prompts))], np.stack(seen)[:len(steps)]
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)  # where pictures with boxes go, should an answer have any
+
+def fresh(m):
+  """The same weights with nothing compiled, cached or remembered."""
+  return vlm.VLM(m.net, m.config, m.tokenizer, m.device)
+
+# ---- golden: equal to transformers ----
+@pytest.mark.parametrize("kind", KINDS)
+def test_golden_vision_and_projector(kind):
+  for i, picture in enumerate(pixels()):
+    vision, projected = (t.numpy()[0] for t in model(kind).vision(picture[None]))
+    assert differ(vision, expected(kind)["vision"][i]) < TOLERANCE["vision"]
+    assert differ(projected, expected(kind)["projected"][i]) < TOLERANCE["projected"]
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_golden_prefix_logits(kind):
+  for i, picture in enumerate(pixels()):
+    for j, prompt in enumerate(golden.PROMPTS):
+      logits = model(kind).logits(picture, prompt)
+      assert logits.dtype == np.float32 and differ(logits, expected(kind)["logits"][i, j]) < TOLERANCE["logits"]
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_golden_tokens(kind):
+  for i, picture in enumerate(pixels()):
+    for j, prompt in enumerate(golden.PROMPTS):
+      answer, = model(kind).generate([picture], [prompt], max_tokens=golden.TOKENS)
+      assert answer.tokens == expected(kind)["tokens"][i, j].tolist()
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_golden_batch(kind):
+  """two pictures and two prompt lengths at once, the shorter prompt padded"""
+  tokens, logits = run(model(kind), list(pixels()), [SHORT, LONG])
+  for row, prompt in ((0, 1), (1, 2)):
+    assert tokens[row] == expected(kind)["tokens"][row, prompt].tolist()
+    assert differ(logits[0, row], expected(kind)["logits"][row, prompt]) < TOLERANCE["logits"]
+
+def test_golden_files_tell_implementations_apart():
+  """the golden answers would not fit by luck: they change from step to step, with the picture and with the prompt"""
+  for kind in KINDS:
+    g = expected(kind)
+    assert g["seed"] == golden.SEED and list(g["prompts"]) == golden.PROMPTS
+    assert g["tokens"].shape == (2, 3, golden.TOKENS)
+    assert len({row.tobytes() for row in g["tokens"].reshape(6, -1)}) == 6
+    assert len(np.unique(g["tokens"])) > 20 and g["tokens"].min() > 1  # no end token: all 32 count
+  lengths = {len(model("tiny1").tokenizer.prompt(prompt)) for prompt in golden.PROMPTS}
+  assert len(lengths) == 3 and len(set(map(vlm.text_bucket, lengths))) > 1
+  c = model("tiny2").config
+  assert c.window < c.patches and any(c.sliding) and not all(c.sliding) and golden.TOKENS > c.window
+  assert c.query_scale == c.head_dim ** -0.5 != model("tiny2-28b").config.query_scale
+  assert not model("tiny1").config.gemma2 and (WEIGHTS / "tiny2" / "model.safetensors.index.json").exists()
+
+# ---- invariants ----
+@pytest.mark.parametrize("kind", ["tiny1", "tiny2"])
+def test_a_batch_row_is_the_question_alone(kind):
+  m, images, prompts = model(kind), [pixels()[0], pixels()[1]], [LONG, SHORT]
+  for options in ({}, dict(temperature=1.0, top_k=50, seed=3)):
+    tokens, logits = run(m, images, prompts, max_tokens=20, **options)
+    for row in range(2):
+      alone, alone_logits = run(m, images[row:row + 1], prompts[row:row + 1], max_tokens=20, **options)
+      assert tokens[row] == alone[0] and len(alone[0]) == 20
+      assert differ(logits[:, row], alone_logits[:, 0]) < ROUNDING
+
+def test_a_row_that_ends_early_leaves_the_others_alone():
+  m = fresh(model("tiny2"))
+  whole = [m.generate([p], [SHORT], max_tokens=12)[0].tokens for p in pixels()]
+  stop = next(id for id in whole[0] if id not in whole[1])
+  m.config = type(m.config)(**vars(m.config) | {"eos": [1, stop]})  # eos_token_id may be a list
+  answers = m.generate(list(pixels()), [SHORT] * 2, max_tokens=12)
+  assert answers[0].tokens == whole[0][:whole[0].index(stop)] and answers[1].tokens == whole[1]
+
+def one_shot(m, picture, ids, answer):
+  """No cache, no padding, no compiled program: all positions at once under training_mask -> logits (1 + answer, V)"""
+  c, start = m.config, m.config.patches + len(ids)
+  n = start + len(answer)
+  masks = [Tensor(train.training_mask([start], [n], n, window)[:, :, None]) for window in (None, c.window)]
+  cos, sin = (Tensor(t) for t in vlm.rope_table(c, np.arange(n)))
+  gemma, image = m.net.language_model, m.vision(picture[None])[1]
+  x = image.cat(gemma.embed(Tensor([ids + answer], dtype=dtypes.int32)), dim=1)
+  x = gemma(x, cos, sin, masks, [lambda k, v: (k, v)] * c.layers)
+  return gemma.logits(x[0, start - 1:].contiguous()).numpy()
+
+@pytest.mark.parametrize("kind", ["tiny1", "tiny2"])
+def test_cached_is_uncached_and_token_by_token_is_one_shot(kind):
+  m = model(kind)  # in tiny2 the answer is four windows long
+  (tokens,), logits = run(m, [pixels()[1]], [SHORT])
+  assert differ(logits[:, 0], one_shot(m, pixels()[1], m.tokenizer.prompt(SHORT), tokens[:-1])) < ROUNDING
+
+def test_jit_is_no_jit():
+  m = model("tiny2")
+  tokens, logits = run(m, [pixels()[0]], [SHORT], max_tokens=6)  # prefill and 5 decode steps
+  with Context(JIT=0):
+    plain_tokens, plain_logits = run(fresh(m), [pixels()[0]], [SHORT], max_tokens=6)
+  assert tokens == plain_tokens and differ(logits, plain_logits) < ROUNDING
+  again = [run(m, [pixels()[0]], [SHORT], max_tokens=6) for _ in range(2)]  # nothing is left in the cache
+  assert all(t == tokens and np.array_equal(l, logits) for t, l in again)
+
+def test_a_second_question_costs_no_vision(pictures):
+  m = fresh(model("tiny1"))
+  with mock.patch.object(m, "vision", wraps=m.vision) as vision:
+    first = m.logits(pictures["rgb"], SHORT)
+    for same in (pictures["rgb"], Image.open(pictures["rgb"]), io.BytesIO(pictures["rgb"].read_bytes())):
+      assert np.array_equal(m.logits(same, SHORT), first)
+    m.generate([pictures["rgb"]] * 2, [SHORT, LONG], max_tokens=2)
+    assert vision.call_count == 1
+    assert not np.array_equal(m.logits(pictures["tall"], SHORT), first) and vision.call_count == 2
+
+def test_prompts_of_many_lengths_share_programs():
+  m = fresh(model("tiny1"))
+  lengths, programs = set(), set()
+  for words in range(2, 8):
+    prompt = " ".join(["ab"] * words)
+    lengths.add(len(m.tokenizer.prompt(prompt)))
+    m.generate([pixels()[0]], [prompt], max_tokens=2)
+    programs.add(len(m.programs))
+  assert len(lengths) == 6 and max(lengths) > 2 * min(lengths) and len(programs) <= 2 and max(programs) <= 4
+
+def test_long_answers_and_the_end_of_the_context():
+  m = vlm.load(WEIGHTS / "tiny2", max_context=64)
+  length = len(m.tokenizer.prompt(SHORT))
+  room = 64 - 16 - length
+  assert len(m.generate([pixels()[0]], [SHORT], max_tokens=room)[0].tokens) == room  # to the last position
+  with pytest.raises(vlm.Fault, match="fit"):
+    m.generate([pixels()[0]], [SHORT], max_tokens=room + 1)
+  full = next(p for n in range(1, 99) if len(m.tokenizer.prompt(p := "x" * n)) == 64 - 16 - 1)
+  assert m.logits(pixels()[0], full).shape == (1536,)
+  with pytest.raises(vlm.Fault, match="fit"):
+    m.logits(pixels()[0], full + "x")
+
+def test_a_dropped_model_is_freed_at_once():
+  """By reference counts: the cycle collector may run on a thread of tinygrad's CPU device, and wait for itself."""
+  m = fresh(model("tiny1"))
+  m.generate([pixels()[0]], [SHORT], max_tokens=4)
+  parts = [weakref.ref(part) for part in (m, *m.programs.values(), *m.caches.values())]
+  assert len(parts) > 4
+  gc.disable()
+  try:
+    del m
+    assert not [part() for part in parts if part() is not None]
+  finally:
+    gc.enable()
+
+def test_library(pictures):
+  m = model("tiny1")
+  assert isinstance(m, vlm.VLM)
+  logits = m.logits(str(pictures["rgb"]), "caption en")
+  assert logits.shape == (1536,) and logits.dtype == np.float32
+  with open(pictures["rgb"], "rb") as file:
+    sources = [pictures["rgb"], Image.open(pictures["rgb"]), file, vlm.to_pixels(pictures["rgb"], 56)[0]]
+    answers = [m.generate([source], ["caption en"], max_tokens=8)[0] for source in sources]
+  assert all(a == answers[0] for a in answers) and isinstance(answers[0], vlm.Answer)
+  assert len(answers[0].tokens) == 8 and answers[0].tokens[0] == logits.argmax() and answers[0].boxes == []
+  pieces = list(m.stream(pictures["rgb"], "caption en", max_tokens=8))
+  assert "".join(pieces) == answers[0].text == m.tokenizer.decode(answers[0].tokens)
+  batch = m.generate([pictures["rgb"], pictures["tall"]], ["caption en", "detect cat"], temperature=0.0, max_tokens=8)
+  assert len(batch) == 2 and batch[0] == answers[0]
+  for images, prompts in (([pictures["rgb"]], ["a", "b"]), ([], [])):
+    with pytest.raises(vlm.Fault):
+      m.generate(images, prompts)
+  for wrong in (np.zeros((3, 55, 56), np.float32), np.zeros((56, 56, 3), np.float32)):
+    with pytest.raises(vlm.Fault, match="56"):
+      m.logits(wrong, "caption en")
+
+# ---- text ----
+TEXTS = ["caption en", "detect cat ; dog", "answer en what color is the square?", "12 345 67", "", " ", "trailing ",
+         " leading", "line\nline\n\nline\n\n\nend", "ends in a newline\n", "a  b   c", "Grüße, 日本語 🎉", "tab\there",
+         "UPPER Case!?",
+         "describe <loc0012><loc1023><seg003> y", "[<loc0001>]", "<loc1024> <seg128> <loc12> <seg1000>", "<loc 12>",
+         "▁x"]
+
+@pytest.fixture(scope="session")
+def own_pieces(tmp_path_factory):
+  """A SentencePiece file that holds the loc, seg and image tokens itself, as big_vision's does"""
+  names = [f"<seg{i:03d}>" for i in range(SEG)] + [f"<loc{i:04d}>" for i in range(LOC)] + ["<image>"]
+  path = tmp_path_factory.mktemp("own") / "tokenizer"
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(["caption en detect cat ; dog answer what color is the square"] * 9), model_prefix=str(path),
+    vocab_size=256 + 4 + 2 + len(names) + 40, model_type="bpe", byte_fallback=True, split_digits=True, num_threads=1,
+    normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False, minloglevel=2,
+    allow_whitespace_only_pieces=True, pad_id=0, eos_id=1, bos_id=2, unk_id=3, pad_piece="<pad>", eos_piece="<eos>",
+    bos_piece="<bos>", user_defined_symbols=["\n", "\n\n", *names], hard_vocab_limit=False)
+  return path.with_suffix(".model")
+
+@pytest.fixture(params=["hub", "own"])
+def text(request, own_pieces):
+  return Tokenizer(WEIGHTS / "tiny1" / "tokenizer.model" if request.param == "hub" else own_pieces)
+
+def test_loc_and_seg_are_single_ids(text):
+  base = sentencepiece.SentencePieceProcessor(model_file=str(WEIGHTS / "tiny1" / "tokenizer.model")).get_piece_size()
+  hub = text.model.get_piece_size() == base
+  names = {f"<loc{i:04d}>": base + i for i in (0, 7, 512, 999, 1000, 1023)}
+  names |= {f"<seg{i:03d}>": base + LOC + i for i in (0, 99, 100, 127)}
+  for name, after_the_base in names.items():
+    id, = text.encode(name)
+    assert id == (after_the_base if hub else text.model.piece_to_id(name)) and text.decode([id]) == name
+  assert text.image == (base + LOC + SEG if hub else text.model.piece_to_id("<image>"))
+  assert len(text.encode("a<loc0001><loc0002>b<seg003>")) == len(text.encode("a")) + len(text.encode("b")) + 3
+  for no_name in ("<loc1024>", "<seg128>", "<loc12>", "<LOC0001>", "<loc00001>"):
+    assert len(text.encode(no_name)) > 1 and text.decode(text.encode(no_name)) == no_name
+
+def test_control_names_are_plain_text(text):
+  control = {text.image, 0, 1, 2, 3}
+  for name in ("<image>", "<bos>", "<eos>", "<pad>", "<unk>"):
+    for typed in (name, f"a {name}{name} b", f"<{name}>"):
+      ids = text.encode(typed)
+      assert not control & set(ids) and text.decode(ids) == typed
+
+def test_prompt(text):
+  assert text.prompt("caption en") == [2, *text.encode("caption en"), text.newline]
+  assert text.prompt("") == [2, text.newline] and text.bos == 2
+  assert text.model.id_to_piece(text.newline) == "\n"
+  assert text.prompt("a\n") == [2, *text.encode("a"), text.model.piece_to_id("\n\n")]  # as transformers does
+  assert text.image not in text.prompt("<image><bos>") and text.prompt("<bos>").count(2) == 1
+
+def test_text_survives(text):
+  for typed in TEXTS:
+    ids = text.encode(typed)
+    assert text.decode(ids) == typed.replace("▁", " ")  # SentencePiece's own sign for a space
+    assert 3 not in ids
+  assert all(len(text.encode(digits)) >= len(digits) for digits in ("12", "2024"))  # one piece a digit
+
+def test_streamed_pieces_join(text):
+  rng = np.random.default_rng(0)
+  for ids in [text.encode(t) for t in TEXTS] + [rng.integers(0, len(text.ids) + 300, 40).tolist() for _ in range(50)]:
+    assert "".join(text.stream(ids)) == text.decode(ids)
+  ids = text.encode("🎉é")
+  assert len(ids) == 6 and all(map(text.model.is_byte, ids))  # four and two byte tokens
+  came, shown = [], []
+  for piece in text.stream(came.append(id) or id for id in ids):
+    shown.append((len(came), piece))
+  assert shown == [(4, "🎉"), (6, "é")]  # each as soon as its last byte is there
+  assert list(text.stream(ids[:2])) == ["\ufffd"] and text.decode(ids[:2]) == "\ufffd"
+  assert text.decode([0, 1, 2, text.image]) == ""
+
+def test_not_a_tokenizer(tmp_path):
+  (tmp_path / "a.model").write_bytes(b"not a SentencePiece model")
+  with pytest.raises(ValueError, match="SentencePiece"):
+    Tokenizer(tmp_path / "a.model")
+  sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["a b c d e"] * 9), model_prefix=str(tmp_path / "b"),
+                                           vocab_size=12, minloglevel=2, hard_vocab_limit=False)
+  with pytest.raises(ValueError, match="newline|bos"):
+    Tokenizer(tmp_path / "b.model")
+
+# ---- sampling ----
+def share(logits, *options, draws=4000):
+  rng = np.random.default_rng(1)
+  drawn = [vlm.sample(np.array(logits, np.float32), *options, rng) for _ in range(draws)]
+  return np.bincount(drawn, minlength=len(logits)) / draws
+
+def close(got, p, draws=4000):
+  p = np.array(p)
+  return (np.abs(got - p) <= 4 * np.sqrt(p * (1 - p) / draws)).all()
+
+def test_sampling_distribution():
+  p = np.array([.1, .5, .05, .35])
+  assert close(share(np.log(p), 1.0, 0, 1.0), p)
+  assert close(share(np.log(p) + 50, 1.0, 0, 1.0), p)
+  assert close(share(np.log(p), 2.0, 0, 1.0), p ** .5 / (p ** .5).sum())
+  assert close(share(np.log(p), 1.0, 2, 1.0), [0, .5 / .85, 0, .35 / .85])
+  assert close(share(np.log(p), 1.0, 9, 1.0), p)
+  assert close(share(np.log(p), 1.0, 0, .8), [0, .5 / .85, 0, .35 / .85])  # the least whose mass reaches top-p
+  assert close(share(np.log(p), 1.0, 0, .9), [.1 / .95, .5 / .95, 0, .35 / .95])
+  assert close(share(np.log(p), 1.0, 0, .3), [0, 1, 0, 0])
+  assert close(share([0, 200, -np.inf, 100], 1.0, 0, 1.0), [0, 1, 0, 0])
+
+def test_sampling_order():
+  p = np.array([.1, .5, .05, .35])
+  hot = p ** .25 / (p ** .25).sum()  # temperature 4: .22 .33 .18 .28; a mass of .7 takes three of these, but two of p
+  assert close(share(np.log(p), 4.0, 0, .7), np.where(hot > hot.min(), hot, 0) / (1 - hot.min()))
+  # top-k 2 leaves .59 and .41: top-p .55 of that is one; of all four it would take two
+  assert close(share(np.log(p), 1.0, 2, .55), [0, 1, 0, 0]) and (share(np.log(p), 1.0, 0, .55) > 0).sum() == 2
+
+def test_seeds_and_greedy():
+  m = model("tiny1")
+  ask = lambda **options: m.generate([pixels()[0]], [SHORT], max_tokens=12, **options)[0].tokens
+  greedy = ask()
+  assert ask(temperature=1.0, top_k=1) == greedy == ask(temperature=1.0, top_p=1e-9) == ask(seed=5, top_k=9)
+  samples = [ask(temperature=1.0, seed=seed) for seed in (1, 2, 3, 1)]
+  assert samples[0] == samples[3] and len(set(map(tuple, samples))) == 3
+  assert ask(temperature=1.0) != ask(temperature=1.0)  # without a seed: 12 tokens of a flat distribution
+  a, b = m.generate([pixels()[0]] * 2, [SHORT] * 2, max_tokens=12, temperature=1.0, seed=2)
+  assert a.tokens == b.tokens == samples[1]
+
+# ---- boxes ----
+def loc(*values):
+  return "".join(f"<loc{v:04d}>" for v in values)
+
+def test_boxes():
+  one, = parse_boxes(loc(0, 256, 1023, 512) + " cat", 1023, 2046)  # y1 x1 y2 x2, in 1023rds
+  assert one.label == "cat" and one.box == pytest.approx((256, 0, 512, 2046))
+  several = f"{loc(1, 2, 3, 4)} red circle ; {loc(5, 6, 7, 8)} the old blue square;{loc(9, 9, 9, 9)} cat"
+  assert [b.label for b in parse_boxes(several, 100, 100)] == ["red circle", "the old blue square", "cat"]
+  seg = "".join(f"<seg{i:03d}>" for i in range(16))
+  assert parse_boxes(loc(0, 0, 1023, 1023) + seg + " big cat", 7, 5) == [Box("big cat", (0, 0, 7, 5))]
+  assert parse_boxes(loc(1, 2, 3, 4), 10, 10)[0].label == ""
+
+@pytest.mark.parametrize("tail", [loc(1, 2, 3), loc(1, 2, 3) + " cat", loc(1, 2, 3, 4, 5) + " cat", "cat", "",
+                                  "<loc0001><loc12", loc(1, 2) + " a " + loc(3, 4) + " b"])
+def test_a_malformed_tail_stays_text(tail):
+  good = loc(1, 2, 3, 4) + " cat"
+  assert len(parse_boxes(f"{good} ; {tail}", 10, 10)) == 1 and parse_boxes(tail, 10, 10) == []
+
+# ---- pixels ----
+def bicubic(image, width, height):
+  """Pillow's antialiased bicubic resize of uint8 (H, W, 3), written out: 22-bit weights, rounded after each direction.
+  -> [columns first, rows first]: newer releases take the order that is less work"""
+  def kernel(x):
+    x = abs(x)
+    return 1.5 * x**3 - 2.5 * x**2 + 1 if x < 1 else -.5 * x**3 + 2.5 * x**2 - 4 * x + 2 if x < 2 else 0.0
+  def rows(image, size):
+    scale, out = len(image) / size, []
+    stretch = max(scale, 1.0)
+    for i in range(size):
+      center = (i + .5) * scale
+      low, high = max(int(center - 2 * stretch + .5), 0), min(int(center + 2 * stretch + .5), len(image))
+      weights = [kernel((y - center + .5) / stretch) for y in range(low, high)]
+      k = [math.floor(w / sum(weights) * 2**22 + .5) for w in weights]
+      out.append((np.tensordot(k, image[low:high].astype(np.int64), 1) + 2**21) >> 22)
+    return np.clip(out, 0, 255).astype(np.uint8)
+  turn = lambda image: image.transpose(1, 0, 2)
+  return [rows(turn(rows(turn(image), width)), height), turn(rows(turn(rows(image, height)), width))]
+
+def off(pixels, image):
+  """Largest difference between pixels (1, 3, S, S) and what an uint8 (H, W, 3) should become"""
+  right = [resized.transpose(2, 0, 1) / 127.5 - 1 for resized in bicubic(image, *pixels.shape[2:])]
+  return min(np.abs(pixels[0] - r).max() for r in right)
+
+def noise(h, w, channels, seed=0):
+  rng = np.random.default_rng(seed)
+  coarse = np.asarray(Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).resize((w, h)), np.int64)
+  values = np.resize(coarse, (h, w, channels)) + rng.integers(-20, 20, (h, w, channels))
+  values = np.clip(values, 0, 255).astype(np.uint8)
+  return values[..., 0] if channels == 1 else values
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+  """{name: file}, a picture of every kind"""
+  folder, of = tmp_path_factory.mktemp("pictures"), Image.fromarray
+  rotated = Image.Exif()
+  rotated[0x0112] = 6  # the camera lay on its side
+  made = {
+    "rgb.png": (of(noise(40, 60, 3)), {}), "grey.png": (of(noise(61, 33, 1)), {}),
+    "palette.png": (of(noise(40, 60, 3)).quantize(17), {}), "rgba.png": (of(noise(50, 70, 4), "RGBA"), {}),
+    "clear_palette.png": (of(noise(40, 60, 3)).quantize(17), {"transparency": 3}),
+    "grey_alpha.png": (of(noise(30, 30, 2), "LA"), {}), "cmyk.jpg": (of(noise(40, 60, 4), "CMYK"), {"quality": 95}),
+    "bit.png": (of(noise(80, 80, 1)).convert("1"), {}), "deep.png": (of(noise(40, 60, 1).astype(np.uint16) * 257), {}),
+    "tall.png": (of(noise(300, 7, 3)), {}), "wide.png": (of(noise(5, 400, 3)), {}), "one.png": (of(noise(1, 1, 3)), {}),
+    "square.png": (of(noise(56, 56, 3)), {}), "turned.jpg": (of(noise(40, 60, 3)), {"exif": rotated, "quality": 95}),
+    "photo.jpg": (of(noise(90, 120, 3)), {"quality": 90}), "anim.gif": (of(noise(40, 60, 3)), {}),
+  }
+  for name, (image, options) in made.items():
+    image.save(folder / name, **options)
+  return {name.split(".")[0]: folder / name for name in made}
+
+def upright(path, turned=False):
+  """The file as uint8 (H, W, 3), by hand where Pillow's conversions are in doubt"""
+  image = Image.open(path)
+  values = np.asarray(image.transpose(Image.Transpose.ROTATE_270) if turned else image)
+  if image.mode == "P":  # colors of the palette, and the clear one
+    palette = np.array(image.getpalette()).reshape(-1, 3)
+    rgb = palette[values]
+    if "transparency" in image.info:
+      rgb[values == image.info["transparency"]] = 255
+    return rgb.astype(np.uint8)
+  if image.mode in ("RGBA", "LA"):  # over white, as transformers 5 does
+    color, alpha = values[..., :-1].astype(np.float64), values[..., -1:] / 255
+    return np.broadcast_to(np.rint(color * alpha + 255 * (1 - alpha)), (*values.shape[:2], 3)).astype(np.uint8)
+  if values.ndim == 2:
+    return np.repeat((values * 255 if image.mode == "1" else values)[..., None], 3, 2).astype(np.uint8)
+  if image.mode == "CMYK":
+    return np.asarray(image.convert("RGB"))
+  return values
+
+@pytest.mark.parametrize("name", ["rgb", "grey", "palette", "clear_palette", "cmyk", "bit", "tall", "wide", "one",
+                                  "square", "turned", "photo"])
+def test_pixels(name, pictures):
+  for side in (56, 28):
+    got = vlm.to_pixels(pictures[name], side)
+    assert got.shape == (1, 3, side, side) and got.dtype == np.float32
+    assert off(got, upright(pictures[name], name == "turned")) < 1e-6
+
+@pytest.mark.parametrize("name", ["rgba", "grey_alpha"])
+def test_transparent_pixels(name, pictures):
+  # Pillow rounds the mix with white in steps of its own: the source may be one off
+  assert off(vlm.to_pixels(pictures[name], 56), upright(pictures[name])) < 2.01 / 127.5
+
+def test_pictures_are_turned_upright(pictures):
+  assert Image.open(pictures["turned"]).size == (60, 40) and vlm.open_image(pictures["turned"]).size == (40, 60)
+  image = Image.new("RGB", (40, 20), "red")
+  image.paste("blue", (0, 0, 20, 20))
+  for orientation, corner in ((1, "blue"), (2, "red"), (3, "red"), (6, "blue"), (8, "red")):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    image.save(file, "PNG", exif=exif)
+    seen = vlm.open_image(file)
+    assert seen.size == ((20, 40) if orientation > 4 else (40, 20))
+    assert seen.getpixel((2, 2)) == {"red": (255, 0, 0), "blue": (0, 0, 255)}[corner]
+
+# ---- loading ----
+DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I64": np.int64}
+
+def read(folder):
+  """Every tensor of a folder, {name: array}"""
+  tensors = {}
+  for file in sorted(Path(folder).glob("*.safetensors")):
+    data = file.read_bytes()
+    start = 8 + struct.unpack("<Q", data[:8])[0]
+    for name, t in json.loads(data[8:start]).items():
+      if name != "__metadata__":
+        low, high = t["data_offsets"]
+        tensors[name] = np.frombuffer(data[start + low:start + high], DTYPES[t["dtype"]]).reshape(t["shape"])
+  return tensors
+
+def packed(tensors, change=lambda header: None):
+  """The bytes of a safetensors file; `change` edits the header after it is right"""
+  header, at, names = {}, 0, {np.dtype(v): k for k, v in DTYPES.items()}
+  for name, array in tensors.items():
+    header[name] = {"dtype": names[array.dtype], "shape": list(array.shape), "data_offsets": [at, at + array.nbytes]}
+    at += array.nbytes
+  change(header)
+  text = json.dumps(header).encode()
+  return struct.pack("<Q", len(text)) + text + b"".join(np.ascontiguousarray(a).tobytes() for a in tensors.values())
+
+@pytest.fixture
+def folder(tmp_path):
+  """folder(tensors={...} or rename=..., config={...}, kind="tiny1") -> a copy of a tiny folder with those changes"""
+  def make(tensors=None, rename=lambda name: name, config=None, kind="tiny1", change=lambda header: None):
+    target = tmp_path / f"w{len(list(tmp_path.glob('w*')))}"
+    target.mkdir()
+    shutil.copy(WEIGHTS / kind / "tokenizer.model", target)
+    text = json.loads((WEIGHTS / kind / "config.json").read_text()) | {"note": ""} | (config or {})
+    (target / "config.json").write_text(json.dumps(text))
+    tensors = {rename(n): a for n, a in (read(WEIGHTS / kind) if tensors is None else tensors).items()}
+    (target / "model.safetensors").write_bytes(packed(tensors, change))
+    return target
+  return make
+
+def weights(m):
+  return {name: t.numpy() for name, t in get_state_dict(m.net).items()}
+
+def same_weights(a, b):
+  return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+HEAD = "language_model.model.embed_tokens.weight"  # tied: the head is the embedding table
+def hub(name):     # A: hub files, saved by transformers <= 4.51
+  return re.sub(r"^vision_tower\.(?!vision_model)", "vision_tower.vision_model.", name)
+def memory(name):  # B: saved from memory by 4.52+
+  return "model." + re.sub(r"^language_model\.model\.", "language_model.", hub(name))
+LAYOUTS = {
+  "A": hub, "B": memory, "C as A": lambda name: hub(name).replace("vision_model.", ""),
+  "C as B": lambda name: memory(name).replace("vision_model.", ""),
+  "D ColPali": lambda name: "vlm." + memory(name), "D ColPali A": lambda name: "vlm." + hub(name),
+  "D robots": lambda name: "paligemma_with_expert.paligemma." + memory(name),
+  "D robots in a model": lambda name: "model.paligemma_with_expert.paligemma." + memory(name),
+}
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, folder):
+  for kind in ("tiny1", "tiny2"):
+    names = read(WEIGHTS / kind)
+    assert HEAD in names and (kind != "tiny2" or "vision_tower.vision_model.post_layernorm.bias" in names)
+    assert same_weights(weights(vlm.load(folder(rename=LAYOUTS[layout], kind=kind))), weights(model(kind)))
+
+def test_heads(folder):
+  tensors, right = read(WEIGHTS / "tiny1"), weights(model("tiny1"))
+  for head in ("lm_head.weight", "language_model.lm_head.weight", "vlm.lm_head.weight"):
+    assert same_weights(weights(vlm.load(folder(tensors | {head: tensors[HEAD]}))), right)
+    only = {head if name == HEAD else name: array for name, array in tensors.items()}
+    assert same_weights(weights(vlm.load(folder(only))), right)
+    with pytest.raises(vlm.Fault, match="lm_head"):
+      vlm.load(folder(tensors | {head: tensors[HEAD] + 1}))
+    with pytest.raises(vlm.Fault, match="lm_head"):
+      vlm.load(folder(tensors | {head: tensors[HEAD][:-1]}))
+
+def test_shards(folder):
+  tensors, target = read(WEIGHTS / "tiny1"), folder()
+  names = sorted(tensors, reverse=True)
+  parts = {"b.safetensors": names[:20], "a.safetensors": names[20:25], "c.safetensors": names[25:]}
+  (target / "model.safetensors").unlink()
+  for file, part in parts.items():
+    (target / file).write_bytes(packed({name: tensors[name] for name in part}))
+  assert same_weights(weights(vlm.load(target)), weights(model("tiny1")))  # all of them, without an index
+  index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
+  (target / "model.safetensors.index.json").write_text(json.dumps(index))
+  (target / "old.safetensors").write_bytes(packed({"x": np.zeros(3, np.float32)}))  # not in the index: not read
+  assert same_weights(weights(vlm.load(target)), weights(model("tiny1")))
+  shutil.copy(target / "a.safetensors", target / "d.safetensors")
+  (target / "model.safetensors.index.json").unlink()
+  (target / "old.safetensors").unlink()
+  with pytest.raises(vlm.Fault, match="twice"):
+    vlm.load(target)
+
+@pytest.mark.parametrize("dtype,factor", [("BF16", 6.9375), ("F16", 6.9296875)])
+def test_number_types(dtype, factor, folder, monkeypatch):
+  """A 16-bit file answers as its values in a float32 file do; but sqrt(48) = 6.9282 is rounded to the file's type."""
+  tensors = read(WEIGHTS / "tiny1")
+  if dtype == "BF16":  # its upper 16 bits, cut off: any bits will do, only their meaning is tested
+    small = {n: (a.view(np.uint32) >> 16).astype(np.uint16) for n, a in tensors.items()}
+    wide = {n: (a.astype(np.uint32) << 16).view(np.float32) for n, a in small.items()}
+  else:
+    small = {n: a.astype(np.float16) for n, a in tensors.items()}
+    wide = {n: a.astype(np.float32) for n, a in small.items()}
+  tolerance = BFLOAT16 if dtype == "BF16" else ROUNDING
+  fast = vlm.load(folder(small)).logits(pixels()[0], SHORT)
+  monkeypatch.setattr(vlm, "PORTABLE", True, raising=False)
+  (got,), got_logits = run(vlm.load(folder(small)), [pixels()[0]], [SHORT], max_tokens=8)
+  monkeypatch.setattr(vlm, "round_to", lambda value, dtype: factor)
+  (right,), right_logits = run(vlm.load(folder(wide)), [pixels()[0]], [SHORT], max_tokens=8)
+  assert got == right and differ(got_logits, right_logits) < ROUNDING
+  assert differ(fast, right_logits[0, 0]) < tolerance
+
+def test_names_and_shapes_must_match(folder):
+  tensors = read(WEIGHTS / "tiny1")
+  norm, fc1 = "language_model.model.norm.weight", "vision_tower.encoder.layers.1.mlp.fc1.weight"
+  assert norm in tensors and fc1 in tensors
+  missing = {n: a for n, a in tensors.items() if n not in (norm, fc1)}
+  many = {n: a for n, a in tensors.items() if "layers.2." not in n}
+  misshaped = tensors | {fc1: tensors[fc1].T.copy()}
+  extra = tensors | {"language_model.model.layers.0.self_attn.q_proj.bias": np.zeros(64, np.float32)}
+  renamed = {n.replace("language_model", "lang"): a for n, a in tensors.items()}
+  patch = "vision_tower.embeddings.patch_embedding.weight"
+  turned = tensors | {patch: tensors[patch].transpose(0, 2, 3, 1).copy()}  # (Dv, p, p, 3): the same number of values
+  for changed, words in ((missing, ["missing", "norm.weight", "encoder.layers.1.mlp.fc1.weight"]),
+                         (many, ["missing", "layers.2", "more"]), (misshaped, ["fc1.weight", "64, 112", "112, 64"]),
+                         (extra, ["q_proj.bias"]), (renamed, ["missing", "lang"]), (turned, ["patch_embedding"])):
+    with pytest.raises(vlm.Fault) as fault:
+      vlm.load(folder(changed))
+    assert all(word in str(fault.value) for word in words) and fault.value.code == 2 and len(str(fault.value)) < 1000
+  with pytest.raises(vlm.Fault, match="layers"):
+    vlm.load(folder(config={"text_config": json.loads((WEIGHTS / "tiny1" / "config.json").read_text())["text_config"]
+                            | {"num_hidden_layers": 2}}))
+  constants = {"vision_tower.vision_model.embeddings.position_ids": np.arange(16)[None]}  # in some old files
+  assert same_weights(weights(vlm.load(folder(tensors | constants))), weights(model("tiny1")))
+
+def test_missing_config_keys_have_their_documented_defaults(tmp_path):
+  sizes = dict(hidden_size=8, intermediate_size=8)
+  def config(text, vision={}, **top):
+    (tmp_path / "config.json").write_text(json.dumps(dict(
+      model_type="paligemma", vision_config=sizes | dict(num_attention_heads=2, num_hidden_layers=1) | vision,
+      text_config=sizes | dict(num_hidden_layers=5) | text) | top))
+    return vlm.read_config(tmp_path / "config.json")
+  one, two = config({"model_type": "gemma"}), config({"model_type": "gemma2"})
+  for c in (one, two):
+    assert (c.head_dim, c.eps, c.rope_theta, c.max_context, c.heads) == (256, 1e-6, 10000, 8192, 8)
+    assert (c.image_size, c.patch_size, c.patches, c.vision_eps) == (224, 14, 256, 1e-6)
+    assert (c.eos, c.image_token, c.query_scale, c.vocab) == ([1], 257152, 1 / 16, 257216)
+  assert (one.kv_heads, two.kv_heads) == (1, 4)
+  assert not one.gemma2 and (one.attn_softcap, one.final_softcap) == (0, 0) and one.sliding == [False] * 5
+  assert two.gemma2 and (two.attn_softcap, two.final_softcap, two.window) == (50, 30, 4096)
+  assert two.sliding == [True, False, True, False, True]
+  layers = ["full_attention"] * 4 + ["sliding_attention"]
+  assert config({"model_type": "gemma2", "layer_types": layers}).sliding == [False] * 4 + [True]
+  assert config({"model_type": "gemma2", "query_pre_attn_scalar": 144}).query_scale == pytest.approx(1 / 12)
+  assert config({"head_dim": 64, "query_pre_attn_scalar": 9}).query_scale == 1 / 8  # Gemma 1 has none
+  assert config({"rope_parameters": {"rope_theta": 5e5}}).rope_theta == 5e5 == config({"rope_theta": 5e5}).rope_theta
+  assert config({}, hidden_size=999).width == 8  # a stale top level
+  assert config({"eos_token_id": [1, 107]}).eos == [1, 107] and config({}, eos_token_id=1).eos == [1]
+  assert config({}, {"image_size": 448, "num_positions": 256}).patches == 1024  # that key is wrong in some files
+
+SIGLIP = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "num_hidden_layers": 27,
+          "patch_size": 14, "model_type": "siglip_vision_model", "projector_hidden_act": "gelu_fast"}
+GEMMA = {"hidden_size": 2048, "intermediate_size": 16384, "num_attention_heads": 8, "num_hidden_layers": 18,
+         "num_key_value_heads": 1, "model_type": "gemma", "torch_dtype": "float32", "vocab_size": 257216}
+GEMMA2 = {"architectures": ["Gemma2ForCausalLM"], "eos_token_id": [1, 107], "bos_token_id": 2, "model_type": "gemma2",
+          "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": False,
+          "torch_dtype": "bfloat16", "vocab_size": 257216}
+G3 = GEMMA2 | {"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_key_value_heads": 4}
+G10 = GEMMA2 | {"hidden_size": 3584, "intermediate_size": 14336, "num_hidden_layers": 42, "num_attention_heads": 16,
+                "num_key_value_heads": 8, "query_pre_attn_scalar": 256}
+G28 = GEMMA2 | {"hidden_size": 4608, "intermediate_size": 36864, "num_hidden_layers": 46, "num_attention_heads": 32,
+                "num_key_value_heads": 16, "head_dim": 128, "query_pre_attn_scalar": 144}
+PUBLISHED = {  # text, vision, then: patches, layers, heads, kv heads, head size, 1 / query scale, weights
+  "paligemma-3b-224": (GEMMA, {}, 256, 18, 8, 1, 256, 16, 2923466480),
+  "paligemma-3b-448": (GEMMA, {"image_size": 448, "num_image_tokens": 1024}, 1024, 18, 8, 1, 256, 16, 2924351216),
+  "paligemma-3b-896": (GEMMA, {"image_size": 896, "num_image_tokens": 4096}, 4096, 18, 8, 1, 256, 16, 2927890160),
+  "paligemma2-3b-224": (G3, {"num_positions": 256}, 256, 26, 8, 4, 256, 16, 3032242416),
+  "paligemma2-3b-896": (G3, {"num_positions": 256, "image_size": 896}, 4096, 26, 8, 4, 256, 16, 3036666096),
+  "paligemma2-10b-448": (G10, {"num_positions": 256, "image_size": 448}, 1024, 42, 16, 8, 256, 16, 9663523568),
+  "paligemma2-28b-224": (G28, {"num_positions": 256}, 256, 46, 32, 16, 128, 12, 27650487024),
+}
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs(name, tmp_path):
+  text, vision, patches, layers, heads, kv_heads, head_dim, scale, total = PUBLISHED[name]
+  (tmp_path / "config.json").write_text(json.dumps({
+    "architectures": ["PaliGemmaForConditionalGeneration"], "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0,
+    "ignore_index": -100, "image_token_index": 257152, "model_type": "paligemma", "projection_dim": text["hidden_size"],
+    "hidden_size": 2048, "text_config": text, "vision_config": SIGLIP | vision, "vocab_size": 257216}))
+  c = vlm.read_config(tmp_path / "config.json")
+  assert (c.patches, c.layers, c.heads, c.kv_heads, c.head_dim) == (patches, layers, heads, kv_heads, head_dim)
+  assert c.query_scale == pytest.approx(1 / scale) and c.gemma2 == ("2-" in name) and c.vocab == 257216 and 1 in c.eos
+  assert (c.vision_width, c.vision_layers, c.vision_heads, c.vision_mlp) == (1152, 27, 16, 4304)
+  assert (c.attn_softcap, c.final_softcap) == ((50, 30) if c.gemma2 else (0, 0))
+  shapes = {n: t.shape for n, t in get_state_dict(vlm.PaliGemma(c)).items()}
+  assert sum(map(math.prod, shapes.values())) == total
+  assert shapes["language_model.layers.0.self_attn.q_proj.weight"] == (heads * head_dim, text["hidden_size"])
+  assert shapes["language_model.layers.0.self_attn.v_proj.weight"] == (kv_heads * head_dim, text["hidden_size"])
+  assert shapes["vision_tower.embeddings.position_embedding.weight"] == (patches, 1152)
+
+# ---- bad input: one line on stderr, exit code 1 or 2, no traceback ----
+@pytest.fixture
+def refused(capsys):
+  """refused(word, arguments..., code=2): vlm.py says one line with that word in it, on stderr, and nothing else"""
+  def check(word, *argv, code=2):
+    assert vlm.main([str(a) for a in argv] + ["--quiet"]) == code
+    out, err = capsys.readouterr()
+    assert out == "" and re.fullmatch(r"vlm: .{,1500}\n", err) and word in err, err
+  return check
+
+def png(width, height):
+  """A PNG of a few bytes that claims any size"""
+  chunk = lambda name, data: struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+  head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+  return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+def test_bad_images(refused, tmp_path, pictures, recwarn):
+  (tmp_path / "text.jpg").write_text("not a picture")
+  (tmp_path / "empty.png").touch()
+  photo = pictures["photo"].read_bytes()
+  for part in (20, len(photo) // 2, len(photo) - 200):
+    (tmp_path / "cut.jpg").write_bytes(photo[:part])
+    refused("cut.jpg", tmp_path / "cut.jpg", "caption en", "--weights", WEIGHTS / "tiny1")
+  (tmp_path / "cut.png").write_bytes(pictures["rgb"].read_bytes()[:-3000])
+  for name in ("none.jpg", "text.jpg", "empty.png", "cut.png", ""):
+    refused(name, tmp_path / name, "caption en", "--weights", WEIGHTS / "tiny1")
+  for width, height in ((10001, 10000), (100_000, 100_000), (2**31 - 1, 2**31 - 1)):  # 60 bytes, gigabytes unpacked
+    (tmp_path / "bomb.png").write_bytes(png(width, height))
+    refused("bomb.png", tmp_path / "bomb.png", "caption en", "--weights", WEIGHTS / "tiny1")
+  (tmp_path / "bomb.png").write_bytes(png(10001, 10000))
+  with mock.patch.object(Image.Image, "load", side_effect=AssertionError("decoded")):
+    with pytest.raises(vlm.Fault, match="100000000 pixels"):
+      vlm.open_image(tmp_path / "bomb.png")
+  with pytest.raises(vlm.Fault, match="truncated"):  # large, but not too large: only what it lacks is wrong with it
+    (tmp_path / "large.png").write_bytes(png(9700, 10000))
+    vlm.open_image(tmp_path / "large.png")
+  assert not [w for w in recwarn if "Bomb" in w.category.__name__]  # Pillow's warning: two more lines on stderr
+
+def test_bad_folders(refused, pictures, folder, tmp_path):
+  ask = lambda word, target: refused(word, pictures["rgb"], "caption en", "--weights", target)
+  ask("config.json", tmp_path / "nothing")
+  ask("config.json", pictures["rgb"])
+  for file in ("config.json", "tokenizer.model", "model.safetensors"):
+    target = folder()
+    (target / file).unlink()
+    ask(file, target)
+    (target / file).mkdir()
+    ask(file, target)
+    (target / file).rmdir()
+    (target / file).touch()
+    ask(file, target)
+    (target / file).write_bytes(b"\xff\xfe\x00 nonsense")
+    ask(file, target)
+  ask("model_type", folder(config={"model_type": "llava"}))
+  for config in ({"model_type": None}, {"text_config": {}}, {"text_config": None}, {"vision_config": 3},
+                 {"vision_config": {"patch_size": 0}}, {"text_config": {"model_type": "llama"}}):
+    ask("config.json", folder(config=config))
+  for text in ("[]", "3", "null", '"paligemma"', "{"):
+    target = folder()
+    (target / "config.json").write_text(text)
+    ask("config.json", target)
+
+def test_bad_sizes_in_the_config(refused, pictures, folder):
+  whole = json.loads((WEIGHTS / "tiny1" / "config.json").read_text())
+  text = [{"num_attention_heads": 3}, {"num_attention_heads": 0}, {"num_key_value_heads": 0}, {"head_dim": 15},
+          {"num_key_value_heads": 3}, {"hidden_size": "48"}, {"hidden_size": -48}, {"num_hidden_layers": 2.5},
+          {"vocab_size": 10**12}]
+  vision = [{"num_attention_heads": 7}, {"num_attention_heads": 0}, {"image_size": 70}, {"image_size": "56"},
+            {"patch_size": 15}]
+  for part, changes in (("text_config", text), ("vision_config", vision)):
+    for change in changes:
+      refused("config.json", pictures["rgb"], "caption en", "--weights", folder(config={part: whole[part] | change}))
+
+def test_bad_indexes(refused, pictures, folder, tmp_path):
+  names = list(read(WEIGHTS / "tiny1"))
+  (tmp_path / "outside.safetensors").write_bytes(packed(read(WEIGHTS / "tiny1")))
+  for wrong, word in (("absent.safetensors", "absent.safetensors"), ("../outside.safetensors", "outside.safetensors"),
+                      (str(tmp_path / "outside.safetensors"), "outside.safetensors"), ("..", "index"), ("", "index"),
+                      (None, "index"), (3, "index"), ("tokenizer.model", "tokenizer.model")):
+    target = folder()
+    index = {"weight_map": {n: "model.safetensors" for n in names} | {names[3]: wrong}}
+    (target / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(word, pictures["rgb"], "caption en", "--weights", target)
+  for text in ("{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": []}', '{"weight_map": {}}', "\udcff"):
+    (target / "model.safetensors.index.json").write_bytes(text.encode(errors="surrogateescape"))
+    refused("", pictures["rgb"], "caption en", "--weights", target)
+
+def test_lying_headers(refused, pictures, folder):
+  whole = packed(read(WEIGHTS / "tiny1"))
+  names, size = sorted(read(WEIGHTS / "tiny1")), len(whole)
+  def first(**change):
+    return lambda header: header[names[0]].update(change)
+  def overlap(header):
+    header[names[0]]["data_offsets"] = header[names[1]]["data_offsets"]
+  target = folder()
+  def ask(data):
+    (target / "model.safetensors").write_bytes(data)
+    refused("model.safetensors", pictures["rgb"], "caption en", "--weights", target)
+  beyond = {"dtype": "F32", "shape": [2], "data_offsets": [size * 9, size * 9 + 8]}
+  for lie in (first(data_offsets=[size, size + 100]), first(data_offsets=[-8, 8]), first(data_offsets=[10, 2]),
+              first(data_offsets=[0]), first(data_offsets=[0, 10**30]), first(shape=[7]), first(shape=[-1]),
+              first(shape=[2**40, 2**40]), first(shape=None), first(shape=[1.5]), first(dtype="F64"), first(dtype="I8"),
+              first(dtype="X1"), first(dtype=None), overlap, lambda header: header.clear(),
+              lambda header: header.update(more=beyond), lambda header: header.update(more=3),
+              lambda header: header.pop(names[0])):
+    ask(packed(read(WEIGHTS / "tiny1"), lie))
+  for cut in (0, 4, 8, 100, size // 2, size - 1):
+    ask(whole[:cut])
+  ask(whole + b"more")
+  for length in (0, 1, size, 2**31, 2**60, 2**63, 2**64 - 1):
+    ask(struct.pack("<Q", length) + whole[8:])
+  ask(struct.pack("<Q", 50) + b"[" * 50)
+  ask(struct.pack("<Q", 10**5) + b"[" * 10**5)  # deeper than a parser's stack
+
+def test_number_types_that_are_not_weights(refused, pictures, folder):
+  tensors = read(WEIGHTS / "tiny1")
+  name = sorted(tensors)[0]
+  refused("I64", pictures["rgb"], "caption en", "--weights", folder(tensors | {name: tensors[name].astype(np.int64)}))
+
+def test_weights_that_do_not_fit(refused, pictures, folder):
+  tensors = read(WEIGHTS / "tiny1")
+  name = "vision_tower.post_layernorm.bias"
+  for word, changed in (("post_layernorm.bias", {n: a for n, a in tensors.items() if n != name}),
+                        ("fluff", tensors | {"fluff": tensors[name]}), ("(63,)", tensors | {name: tensors[name][:63]}),
+                        ("more", {name: tensors[name]})):
+    refused(word, pictures["rgb"], "caption en", "--weights", folder(changed))
+
+@pytest.mark.parametrize("where", ["vision", "language"])
+def test_nan_weights(where, refused, pictures, folder):
+  tensors = read(WEIGHTS / "tiny1")
+  name = {"vision": "vision_tower.post_layernorm.bias", "language": "language_model.model.norm.weight"}[where]
+  bad = tensors[name].copy()
+  bad[5] = np.nan
+  target = folder(tensors | {name: bad})
+  refused("NaN", pictures["rgb"], "caption en", "--weights", target, code=1)
+  refused("NaN", pictures["rgb"], "caption en", "--weights", target, "--temperature", 1, code=1)
+
+@pytest.fixture
+def tiny(monkeypatch):
+  """vlm.main answers with the tiny model that is already there, whatever folder is named; -> that model"""
+  m = model("tiny1")
+  monkeypatch.setattr(vlm, "load", lambda *args, **options: m)
+  return m
+
+def test_bad_options(refused, pictures, tmp_path, tiny):
+  for name, values in (("--max-tokens", [0, -3, "x", 1.5]), ("--temperature", [-0.1, "nan", "inf", "hot"]),
+                       ("--top-p", [0, 1.01, -1, "nan"]), ("--top-k", [-1, "x"]), ("--seed", ["x", -1])):
+    for value in values:
+      refused(name, pictures["rgb"], "caption en", name, value)
+  refused("--nonsense", pictures["rgb"], "caption en", "--nonsense")
+  refused("--weights", pictures["rgb"], "caption en", "--weights")
+  refused("fit", pictures["rgb"], "word " * 9000)
+  refused("fit", pictures["rgb"], "caption en", "--max-tokens", 9000)
+  for out in (tmp_path, tmp_path / "no" / "folder.png", tmp_path / "no-format", tmp_path / "text.txt"):
+    refused(str(out), pictures["rgb"], "caption en", "--out", out)
+
+def test_device_that_is_not_there(pictures):
+  for arguments, more in ((["--device", "NOPE"], {}), ([], {"DEV": "NOPE"}), (["--device", "CPU:NOPE"], {})):
+    done = cli(pictures["rgb"], "caption en", "--weights", WEIGHTS / "tiny1", *arguments, env=more)
+    assert done.returncode == 2 and done.stdout == "" and re.fullmatch(r"vlm: .*device.*\n", done.stderr), done.stderr
+
+# ---- command line ----
+def cli(*argv, env={}, **options):
+  command = [sys.executable, ROOT / "vlm.py", *map(str, argv)]
+  return subprocess.run(command, capture_output=True, text=True, env=os.environ | env, **options)
+
+def test_answer_on_stdout_all_else_on_stderr(pictures, tmp_path):
+  done = cli(pictures["rgb"], "caption", "en", "--weights", WEIGHTS / "tiny2", "--max-tokens", 8, cwd=tmp_path)
+  assert done.returncode == 0
+  assert done.stdout == model("tiny2").generate([pictures["rgb"]], ["caption en"], max_tokens=8)[0].text + "\n"
+  note, *_, last = done.stderr.splitlines()
+  assert "noise" in note and "README" in note
+  number = r"\d+\.\d+"
+  assert re.fullmatch(f"load {number} s, vision {number} s, prefill {number} s, {number} tok/s, {number} GB/s", last)
+  assert "\r" not in done.stderr and "\033" not in done.stderr  # progress is for terminals
+  bad = cli(tmp_path / "none.png", "caption en")
+  assert bad.returncode == 2 and bad.stdout == "" and re.fullmatch(r"vlm: .*none\.png.*\n", bad.stderr)
+
+def test_without_a_c_compiler(tmp_path, pictures):
+  """neither clang nor ziglang: slower, but the same answer, and a word about it"""
+  code = "import sys; sys.modules['ziglang'] = None; import vlm; sys.exit(vlm.main(sys.argv[1:]))"
+  bare = {name: value for name, value in os.environ.items() if name not in ("CC", "DEV")} | {"PATH": str(tmp_path)}
+  argv = [pictures["rgb"], "caption en", "--weights", WEIGHTS / "tiny2", "--max-tokens", "3"]
+  done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, env=bare, cwd=ROOT)
+  assert done.returncode == 0 and "ziglang" in done.stderr and "clang" in done.stderr, done.stderr
+  assert done.stdout == model("tiny2").generate([pictures["rgb"]], ["caption en"], max_tokens=3)[0].text + "\n"
+
+def test_progress_on_a_terminal(pictures, monkeypatch, capsys, folder):
+  terminal = io.StringIO()
+  terminal.isatty = lambda: True
+  monkeypatch.setattr(sys, "stderr", terminal)
+  assert vlm.main([str(pictures["rgb"]), "caption en", "--max-tokens", "3", "--weights", str(folder())]) == 0
+  assert "loading" in terminal.getvalue() and "prefill" in terminal.getvalue().split("load ")[0]
+  assert "\033" not in capsys.readouterr().out
+
+def test_help(capsys):
+  with pytest.raises(SystemExit) as end:
+    vlm.main(["--help"])
+  out = capsys.readouterr().out
+  assert end.value.code == 0 and all(f"--{name}" in out for name in (
+    "weights", "max-tokens", "temperature", "top-k", "top-p", "seed", "out", "json", "device", "quiet"))
+
+def test_json(pictures, tiny, capsys):
+  prompt = "detect cat <loc0001>"
+  assert vlm.main([str(pictures["photo"]), prompt, "--json", "--max-tokens", "9"]) == 0
+  out, err = capsys.readouterr()
+  said, (answer,) = json.loads(out), tiny.generate([pictures["photo"]], [prompt], max_tokens=9)
+  assert out.count("\n") == 1 and list(said) == ["text", "tokens", "prompt_tokens", "boxes", "timings"]
+  assert said["text"] == answer.text and said["tokens"] == answer.tokens and said["boxes"] == []
+  assert said["prompt_tokens"] == tiny.tokenizer.prompt(prompt)
+  assert sorted(said["timings"]) == ["decode_tok_s", "load_s", "prefill_s", "vision_s"]
+  assert all(value >= 0 for value in said["timings"].values())
+
+def test_sampling_options(pictures, tiny, capsys):
+  def ask(*options):
+    assert vlm.main([str(pictures["rgb"]), "caption en", "--max-tokens", "12", "--quiet", *options]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out
+  hot = ["--temperature", "1.0"]
+  assert ask() == ask(*hot, "--top-k", "1") == ask("--temperature", "0", "--seed", "7") == ask(*hot, "--top-p", "1e-9")
+  assert ask(*hot, "--seed", "7") == ask(*hot, "--seed", "7") not in (ask(*hot, "--seed", "8"), ask())
+
+def speak(monkeypatch, m, text, last=None):
+  """The model answers `text`, whatever it is asked; then `last` is raised"""
+  def tokens(images, prompts, *args, **options):
+    m.timings |= {"vision_s": 0.0, "prefill_s": 0.0, "decode_tok_s": 1.0}
+    for id in m.tokenizer.encode(text):
+      yield [id]
+    if last:
+      raise last
+  monkeypatch.setattr(m, "tokens", tokens)
+
+def test_boxes_are_drawn(pictures, tiny, capsys, tmp_path, monkeypatch):
+  text = f"{loc(0, 0, 512, 512)} red circle ; {loc(256, 512, 1023, 1023)} dog ; {loc(1, 2, 3)}"
+  speak(monkeypatch, tiny, text)
+  before = pictures["photo"].read_bytes()
+  assert vlm.main([str(pictures["photo"]), "detect red circle ; dog"]) == 0
+  out, err = capsys.readouterr()
+  assert out == text + "\n" and "photo.boxes.png" in err and os.listdir() == ["photo.boxes.png"]
+  drawn = Image.open("photo.boxes.png").convert("RGB")
+  assert drawn.size == Image.open(pictures["photo"]).size == (120, 90)  # the picture's own resolution
+  changed = np.asarray(drawn).astype(int) != np.asarray(vlm.open_image(pictures["photo"]))
+  assert changed.any() and not changed[50:88, 5:55].any()  # below the first box, left of the second
+  assert changed[:46, 0].any() and changed[89, 62:118].any()
+  assert vlm.main([str(pictures["photo"]), "detect dog", "--json", "--out", "mine.jpg", "--quiet"]) == 0
+  out, err = capsys.readouterr()
+  boxes = json.loads(out)["boxes"]
+  assert [b["label"] for b in boxes] == ["red circle", "dog"] and err == "" and Image.open("mine.jpg").size == (120, 90)
+  assert boxes[0]["box"] == pytest.approx([0, 0, 60, 45], abs=.2)
+  assert boxes[1]["box"] == pytest.approx([60, 22.5, 120, 90], abs=.2)
+  assert pictures["photo"].read_bytes() == before
+
+def test_boxes_on_a_turned_picture(pictures, tiny, capsys, tmp_path, monkeypatch):
+  speak(monkeypatch, tiny, loc(0, 0, 1023, 1023) + " all")
+  assert vlm.main([str(pictures["turned"]), "detect all", "--json"]) == 0
+  assert json.loads(capsys.readouterr().out)["boxes"] == [{"label": "all", "box": [0, 0, 40, 60]}]
+  assert Image.open("turned.boxes.png").size == (40, 60)
+
+def test_inputs_are_never_written_over(pictures, tiny, capsys, tmp_path, monkeypatch):
+  speak(monkeypatch, tiny, loc(0, 0, 1023, 1023) + " all")
+  shutil.copy(pictures["rgb"], "a.png")
+  before = Path("a.png").read_bytes()
+  os.symlink("a.png", "soft.png")
+  os.link("a.png", "hard.png")
+  Path("a.boxes.png").symlink_to("a.png")  # what a.png's boxes would be called
+  for out in ("a.png", "./a.png", "soft.png", "hard.png", str(tmp_path / "a.png"), None):
+    assert vlm.main(["a.png", "detect all", *(["--out", out] if out else [])]) == 2
+    assert "vlm: " in capsys.readouterr().err and Path("a.png").read_bytes() == before
+
+def test_output_that_cannot_be_written(pictures, tiny, capsys, tmp_path, monkeypatch):
+  speak(monkeypatch, tiny, loc(0, 0, 1023, 1023) + " all")
+  with mock.patch.object(Path, "write_bytes", side_effect=OSError(28, "No space left on device")):
+    assert vlm.main([str(pictures["rgb"]), "detect all", "--out", "full.png", "--quiet"]) == 1
+  out, err = capsys.readouterr()
+  assert out.endswith(" all\n") and err == "vlm: full.png: No space left on device\n"
+  if os.geteuid():  # root may write anywhere
+    tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    assert vlm.main([str(pictures["rgb"]), "detect all", "--out", "closed.png", "--quiet"]) == 2
+    tmp_path.chmod(stat.S_IRWXU)
+
+def converse(monkeypatch, lines, *argv):
+  monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+  return vlm.main([str(a) for a in argv])
+
+def test_question_after_question(pictures, tiny, capsys, monkeypatch):
+  asked = ["caption en", "detect cat", f":image {pictures['tall']}", "caption en", ":image none.png", "word " * 9000,
+           "caption en", "", "never asked"]
+  assert converse(monkeypatch, "\n".join(asked), pictures["rgb"], "--max-tokens", 6) == 0
+  out, err = capsys.readouterr()
+  questions = ("rgb", "caption en"), ("rgb", "detect cat"), ("tall", "caption en"), ("tall", "caption en")
+  answers = [tiny.generate([pictures[name]], [prompt], max_tokens=6)[0].text for name, prompt in questions]
+  assert out == "".join(answer + "\n" for answer in answers) and answers[0] != answers[2]
+  assert err.count("> ") == 8 and "vlm: none.png" in err and "fit" in err and ":image" in err  # a mistake ends nothing
+  assert converse(monkeypatch, "caption en\n", pictures["rgb"], "--max-tokens", 6, "--quiet") == 0  # Ctrl-D
+  assert capsys.readouterr().out == answers[0] + "\n"
+
+def test_interrupted_answers(pictures, tiny, capsys, monkeypatch):
+  speak(monkeypatch, tiny, "a cat", KeyboardInterrupt())
+  assert vlm.main([str(pictures["rgb"]), "caption en"]) == 130
+  assert capsys.readouterr().out == "a cat\n"
+  assert vlm.main([str(pictures["rgb"]), "caption en", "--json"]) == 130
+  assert json.loads(capsys.readouterr().out)["text"] == "a cat"
+  assert converse(monkeypatch, "caption en\nagain\n\n", pictures["rgb"]) == 0  # back to the prompt
+  out, err = capsys.readouterr()
+  assert out == "a cat\na cat\n" and err.count("> ") == 3
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one process")
+def test_ctrl_c(pictures, tmp_path):
+  command = [sys.executable, ROOT / "vlm.py", pictures["rgb"], "caption en", "--weights", WEIGHTS / "tiny2",
+             "--max-tokens", "8000"]
+  with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path) as process:
+    first = process.stdout.read(1)  # comes while the rest is still being decoded
+    assert first and process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+  assert process.returncode == 130 and (first + out).endswith(b"\n") and b"Traceback" not in err and b"tok/s" in err
+
+def test_no_arguments(capsys, monkeypatch):
+  asked, m = [], model("tiny2")
+  def load(folder):
+    asked.append(Path(folder))
+    return m
+  monkeypatch.setattr(vlm, "load", load)
+  assert vlm.main(["--max-tokens", "5"]) == 0
+  out, err = capsys.readouterr()
+  answer, = m.generate([ROOT / "examples" / "shapes.png"], ["caption en"], max_tokens=5)
+  assert out == answer.text + "\n" and "noise" in err
+  assert asked == [Path(vlm.default_weights())] and (asked[0] / "config.json").exists()
+
+def test_default_weights(tmp_path, monkeypatch, capsys, pictures):
+  monkeypatch.setattr(vlm, "__file__", str(tmp_path / "vlm.py"))
+  assert vlm.main([str(pictures["rgb"]), "caption en"]) == 2
+  assert re.fullmatch(r"vlm: .*weights.*\n", capsys.readouterr().err)
+  for name, files in (("a", [10, 10]), ("b", [15]), ("c", []), ("no-config", [100])):
+    (tmp_path / "weights" / name).mkdir(parents=True)
+    for i, size in enumerate(files):
+      (tmp_path / "weights" / name / f"{i}.safetensors").write_bytes(b"x" * size)
+    if name != "no-config":
+      (tmp_path / "weights" / name / "config.json").write_text("{}")
+  assert Path(vlm.default_weights()) == tmp_path / "weights" / "a"
+
+# ---- size ----
+def test_one_sitting():
+  lines = (ROOT / "vlm.py").read_text().splitlines()
+  assert len(lines) <= 800 and max(map(len, lines)) <= 120
+  readme = ROOT / "README.md"
+  if readme.exists():
+    assert re.search(rf"\b{len(lines)} lines\b", readme.read_text()), f"README.md must say {len(lines)} lines"
+
+# ---- live: transformers itself, with new seeds and sizes at every run ----
+@pytest.fixture(scope="session")
+def live_seed():
+  for package in ("torch", "transformers"):
+    pytest.importorskip(package, reason=f"the live comparison needs {package}: see .ci/run for its environment")
+  return int(os.environ.get("VLM_SEED") or np.random.SeedSequence().entropy % 2**31)
+
+LIVE = [(False, "float32"), (True, "float32"), (True, "bfloat16"), (False, "float16")]
+
+@pytest.mark.parametrize("gemma2,dtype", LIVE)
+def test_live_models(gemma2, dtype, live_seed, tmp_path, monkeypatch):
+  monkeypatch.setattr(vlm, "PORTABLE", True, raising=False)  # see BFLOAT16
+  rng = np.random.default_rng([live_seed, gemma2, len(dtype)])
+  config = golden.random_config(rng, gemma2)
+  note = f"VLM_SEED={live_seed} {config}"
+  golden.make(tmp_path, config, live_seed, dtype)
+  theirs, m = golden.load(tmp_path), vlm.load(tmp_path)
+  images = golden.pixels(m.config.image_size, 2, live_seed)
+  prompts = ["".join(rng.choice(list("abcdefg ;"), int(n))) for n in (rng.integers(1, 10), rng.integers(18, 28))]
+  right = [golden.reference(theirs, images, m.tokenizer.prompt(prompt)) for prompt in prompts]
+  features = [[t.numpy() for t in m.vision(image[None])] for image in images]
+  vision, projected = (np.concatenate(stage) for stage in zip(*features))
+  assert differ(vision, right[0]["vision"]) < TOLERANCE["vision"], note
+  assert differ(projected, right[0]["projected"]) < TOLERANCE["projected"], note
+  tokens, logits = run(m, list(images), prompts)  # one batch: the shorter prompt is padded
+  for row in range(2):
+    assert differ(logits[0, row], right[row]["logits"][row]) < TOLERANCE["logits"], note
+    whole = right[row]["tokens"][row].tolist()
+    assert tokens[row] == whole[:whole.index(1) if 1 in whole else None], note  # golden.py goes on after the end
+    assert differ(m.logits(images[row], prompts[row]), right[row]["logits"][row]) < TOLERANCE["logits"], note
+  if dtype == "bfloat16":  # as it runs by default: nearer to float32 than transformers' own bfloat16
+    monkeypatch.setattr(vlm, "PORTABLE", False, raising=False)
+    half = golden.reference(golden.load(tmp_path, dtype), images, m.tokenizer.prompt(prompts[0]), tokens=1)["logits"]
+    mine = np.stack([fresh(m).logits(image, prompts[0]) for image in images])
+    assert differ(mine, right[0]["logits"]) < differ(half, right[0]["logits"]), note
+
+@pytest.fixture(scope="session")
+def processor(live_seed, tmp_path_factory):
+  """transformers' PaliGemmaProcessor over the tiny SentencePiece file, with the added tokens that the hub's file has"""
+  from transformers import GemmaTokenizer, PaliGemmaProcessor
+  from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+  folder = tmp_path_factory.mktemp("processor")
+  shutil.copy(WEIGHTS / "tiny1" / "tokenizer.model", folder)
+  tokenizer = GemmaTokenizer.from_pretrained(folder)
+  tokenizer.add_tokens([name for name in model("tiny1").tokenizer.ids if name != "<image>"])
+  size = {"height": 56, "width": 56}
+  images = SiglipImageProcessorPil(size=size, do_convert_rgb=True, resample=Image.Resampling.BICUBIC)
+  images.image_seq_length = 16
+  return PaliGemmaProcessor(images, tokenizer)
+
+PICTURES = ["rgb", "grey", "rgba", "palette", "clear_palette", "grey_alpha", "cmyk", "bit", "deep", "tall", "wide",
+            "one", "square", "photo", "anim"]
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_live_pixels(name, processor, pictures):
+  right = processor.image_processor(Image.open(pictures[name]), return_tensors="np")["pixel_values"]
+  assert right.shape == (1, 3, 56, 56) and np.abs(vlm.to_pixels(pictures[name], 56) - right).max() < 1e-6
+
+def test_live_pixels_of_a_turned_picture(processor, pictures):
+  from PIL import ImageOps
+  turned = ImageOps.exif_transpose(Image.open(pictures["turned"]))
+  right = processor.image_processor(turned, return_tensors="np")["pixel_values"]
+  assert turned.size == (40, 60) and np.abs(vlm.to_pixels(pictures["turned"], 56) - right).max() < 1e-6
+
+def test_live_token_ids(processor, live_seed):
+  rng, ours = np.random.default_rng(live_seed), model("tiny1").tokenizer
+  words = ["caption", "en", "detect ", "<loc0007>", "<seg127>", "<loc1024>", " ", ";", "12", "\n", "\n\n", "é", "日",
+           "🎉", "the", "Cat", "<", ">"]
+  texts = TEXTS + ["".join(rng.choice(words, 8)) for _ in range(60)]
+  # Runs of spaces longer than any piece split differently: the tiny file has pieces for up to 3, Gemma's up to 31.
+  for text in [t for t in texts if "    " not in t and "▁▁" not in t]:
+    ids = processor(images=Image.new("RGB", (9, 9)), text="<image>" + text)["input_ids"][0]
+    assert list(ids) == [ours.image] * 16 + ours.prompt(text), f"VLM_SEED={live_seed} {text!r}"
