@@ -5,11 +5,13 @@ sizes at every run; it needs torch and transformers. A failure names its seed: V
 """
 import functools
 import gc
+import importlib
 import io
 import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import stat
@@ -1026,10 +1028,44 @@ def test_one_sitting():
   if readme.exists():
     assert re.search(rf"\b{len(lines)} lines\b", readme.read_text()), f"README.md must say {len(lines)} lines"
 
+# ---- README: what it says is what the files are, and its commands run ----
+README = (ROOT / "README.md").read_text()
+
+def code_blocks(kind=""):
+  """The fenced blocks of README.md, but those that need the hub and the set-up commands, which .ci/run runs itself."""
+  text = re.sub(r"<!-- (needs the hub|set up [^>]*) -->\n```.*?```", "", README, flags=re.S)
+  return [block for name, block in re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.S | re.M) if name == kind]
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+  """A folder that looks like the repository, for commands that write where they run."""
+  place = tmp_path_factory.mktemp("clone")
+  for name in ("vlm.py", "tokenizer.py", "examples", "weights"):
+    (place / name).symlink_to(ROOT / name)
+  return place
+
+def test_readme_map_is_the_file():
+  banners = re.findall(r"^# ---- (\d+\. .*) ----$", (ROOT / "vlm.py").read_text(), flags=re.M)
+  assert re.findall(r"^\| (\d+\. [^|]*?) \|", README, flags=re.M) == banners
+
+@pytest.mark.parametrize("command", [line for block in code_blocks() for line in block.splitlines() if line])
+def test_readme_commands(clone, command):
+  assert command.startswith("python "), "only commands that run with nothing but this repository"
+  run = subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=clone, input="caption en\n\n", text=True,
+                       capture_output=True)
+  assert run.returncode == 0 and "Traceback" not in run.stderr, run.stderr
+
+def test_readme_python(clone):
+  [code] = code_blocks("python")
+  run = subprocess.run([sys.executable, "-c", code], cwd=clone, text=True, capture_output=True)
+  assert run.returncode == 0, run.stderr
+
 # ---- live: transformers itself, with new seeds and sizes at every run ----
 @pytest.fixture(scope="session")
 def live_seed():
   for package in ("torch", "transformers"):
+    if os.environ.get("VLM_LIVE"):  # CI, which must not skip
+      importlib.import_module(package)
     pytest.importorskip(package, reason=f"the live comparison needs {package}: see .ci/run for its environment")
   return int(os.environ.get("VLM_SEED") or np.random.SeedSequence().entropy % 2**31)
 
