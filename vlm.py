@@ -345,7 +345,8 @@ class VLM:
   def _run(self, key, function, *inputs):
     # No function holds self: a garbage collection on one of tinygrad's threads would wait for itself for ever.
     if key not in self.programs:
-      status(f"compiling {key[0]} (the first time only)")
+      if key[0] != "decode":  # by then the answer has begun, on the line that this would clear
+        status(f"compiling {key[0]} (the first time only)")
       self.programs[key] = TinyJit(function)
       self.programs[key].cnt = 1  # capture on the first call: the usual dry run would schedule everything twice
     return self.programs[key](*inputs)
@@ -354,9 +355,7 @@ class VLM:
     return Tensor(array, device=self.device).realize()
 
   def _cache(self, B, C):
-    if (B, C) not in self.caches:
-      self.caches[B, C] = Cache(self.config, B, C, self.device)
-    return self.caches[B, C]
+    return self.caches.get((B, C)) or self.caches.setdefault((B, C), Cache(self.config, B, C, self.device))
 
   def vision(self, pixels):
     """float32 (1, 3, S, S) -> SigLIP's features (1, P, Dv) and the projected ones (1, P, D)."""
@@ -567,7 +566,8 @@ def prepare_cpu():
       wrapper.chmod(0o755)
     os.environ["CC"] = str(wrapper)
   except (ImportError, OSError):
-    DEV.value = "CPU:LLVM" if ctypes.util.find_library("LLVM-15") or ctypes.util.find_library("LLVM") else "CPU:X86"
+    found = any(ctypes.util.find_library(f"LLVM{v}") for v in ("", *(f"-{n}" for n in range(15, 22))))
+    DEV.value = "CPU:LLVM" if found else "CPU:X86"
     print("no C compiler, so answers come slowly; `pip install ziglang`, or install clang", file=sys.stderr)
 
 def open_device(name=None):
@@ -614,7 +614,7 @@ FORMATS = {dtypes.float32: 32, dtypes.float16: 16, dtypes.uint16: 16}  # bits a 
 def c_source():
   """The text of matmul.c; "" where the CPU device compiles no C: DEV=CPU:LLVM, DEV=CPU:X86, or no compiler."""
   c = isinstance(Device["CPU"].renderer, ClangRenderer) and shutil.which(os.getenv("CC", "clang"))
-  return (Path(__file__).with_name("examples") / "matmul.c").read_text() if c else ""
+  return Path(__file__).with_name("examples").joinpath("matmul.c").read_text() if c else ""
 
 def in_c(device):
   return device.startswith("CPU") and c_source() != ""
@@ -699,10 +699,10 @@ def say(args, text):
 def ask(model, images, prompt, args):
   """One question, as the command line answers it -> exit code."""
   pictures, tokens, code, t = [open_image(name) for name in images], [], 0, model.timings
-  options = args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed
   def ids():
-    for row in model.tokens([pictures], [prompt], *options):
-      status("")
+    for row in model.tokens([pictures], [prompt], args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed):
+      if not tokens:
+        status("")  # clears the line that the answer is about to be on
       tokens.append(row[0])
       yield row[0]
   try:

@@ -1,15 +1,15 @@
 // Matrix products for the CPU: vlm.py (section "Kernels") puts the #defines before this and hands it to tinygrad, which
 // compiles it, runs `kernel` once for each core_id and captures it in its JITs like a kernel of its own.
 //
-//   out (I, J) = x (I, K) @ b (K, J), BATCH times; A_T, B_T: x, b stored transposed, B_T being a weight as files have it.
+//   out (I, J) = x (I, K) @ b (K, J), BATCH times. A_T, B_T: x, b stored transposed, as a weight is in its file (B_T).
 //   BITS: of a number of b: 32 and 16 are floats (FLOAT16, else bfloat16), 8 and 4 integers with a scale for a row of b
 //   or for 32 of its numbers. ROUNDED: x may be rounded to bfloat16. FEW: up to so many rows of x b is read in place.
 //   ROWS: no product but a look-up, out (I, K) = rows ids (I,) of b.
 //
-// A panel of b, PC lanes of K x 2 vectors of J, is packed where the first-level cache holds it, and serves every tile of
-// MR rows of x. A tile's sums are vectors along J: nothing is added across lanes. Weights are transposed and dequantised
-// while they are packed, a few percent of the work at 264 rows, so they stay as the file has them. A lane is one float
-// or, with AVX512-BF16 and at twice the speed, two neighbours along K rounded to bfloat16.
+// A panel of b, PC lanes of K x 2 vectors of J, is packed where the first-level cache holds it, and serves all tiles of
+// MR rows of x. A tile's sums are vectors along J: nothing is added across lanes. Weights are transposed while they are
+// packed, a few percent of the work at 264 rows, so they stay as the file has them. A lane is one float or, with
+// AVX512-BF16 and at twice the speed, two neighbours along K rounded to bfloat16.
 #define INLINE static inline __attribute__((always_inline, no_builtin))  // no_builtin: there is no memcpy to link to
 #define UNROLL _Pragma("clang loop unroll(full)")
 #define MIN(x, y) ((x) < (y) ? (x) : (y))

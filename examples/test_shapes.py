@@ -72,7 +72,7 @@ def test_mask_and_box_agree(scenes):
       x1, y1, x2, y2 = obj.box
       assert 0 < x1 < x2 < s.image.width and 0 < y1 < y2 < s.image.height
       side = min(s.image.size)
-      assert 17 <= max(x2 - x1, y2 - y1) <= max(18.1, .4501 * side)
+      assert 17 <= max(x2 - x1, y2 - y1) <= max(18.1, .4801 * side)
       if obj.shape == "circle":
         assert abs(m.sum() / (np.pi / 4 * (x2 - x1) * (y2 - y1)) - 1) < .05
       assert shapes.iou(around, obj.box) > .75

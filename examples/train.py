@@ -4,21 +4,20 @@ A data folder holds pictures and a data.jsonl with lines {"image": file, "prefix
 format of PaliGemma's own fine-tunes. A run's folder (--save) is a complete PaliGemma folder, plus training.state
 (what --resume needs), loss.csv and loss.png.
 """
-import csv
+import io
 import json
 import math
 import os
-import queue
 import re
 import shutil
-import sys
-import threading
+import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tinygrad import Tensor, TinyJit, dtypes, nn
 from tinygrad.nn.state import get_state_dict
 
@@ -27,7 +26,7 @@ import vlm
 from tokenizer import LOC, Tokenizer
 from vlm import Fault
 
-TEXT = 36      # text positions of a toy batch: the longest question and answer of the toy world have 39 tokens
+REPORTS = 40   # times in a run: held-out loss, a sample answer, a checkpoint
 QUESTIONS = 2  # a toy picture is asked so many questions at once: SigLIP runs once for all of them
 TOY = {
   "model_type": "paligemma", "architectures": ["PaliGemmaForConditionalGeneration"], "dtype": "float32",
@@ -59,7 +58,7 @@ def toy_weights(net, config, tokenizer, device, seed=0):
     if "position_embedding" in name:  # start from slow waves in y and x: near patches are alike from the first step on
       side = config.image_size // config.patch_size
       y, x = (waves(axis.ravel() / side, t.shape[1] // 4, side) for axis in np.mgrid[:side, :side])
-      value = 0.3 * np.concatenate([y, x, 0 * y, 0 * x], 1)
+      value = np.concatenate([y, x, 0 * y, 0 * x], 1)
     if "embed_tokens" in name:  # the same for <loc0000> .. <loc1023>, in a part of the width: near places are near
       start, some = tokenizer.ids["<loc0000>"], t.shape[1] * 3 // 8
       value[start:start + LOC] = 0
@@ -73,7 +72,7 @@ def whitening(config, pictures=200):
   pixels = np.concatenate([vlm.to_pixels(shapes.scene(shapes.TRAIN_SEED, i).image, S) for i in range(pictures)])
   patches = pixels.reshape(-1, 3, g, p, g, p).transpose(0, 2, 4, 1, 3, 5).reshape(-1, 3 * p * p)
   variance, components = np.linalg.eigh(np.cov(patches.T))
-  return (components * (variance + 1e-3) ** -0.5).T[::-1][:config.vision_width]
+  return 0.25 * (components * (variance + 0.05) ** -0.5).T[::-1][:config.vision_width]
 
 def waves(position, width, most):
   """position (n,) in 0..1 -> (n, width): sines and cosines of one half wave up to `most`."""
@@ -85,35 +84,40 @@ PARTS = {"all": "", "projector": r"multi_modal_projector\.", "attention": r"lang
 
 def training_mask(prefix, total, n, window=None):
   """prefix (B,): how many tokens of a row all see each other; total (B,): how many are no padding -> (B, 1, n, n) bool.
+  Padding is seen by nobody. It sees all the rest, for a row that sees nothing would be NaN, as far away as a window is.
 
       3 prefix + 2 answer tokens, 1 padding     1 1 1 0 0 0
       a row is a query, a column what           1 1 1 0 0 0
       it may look at                            1 1 1 0 0 0
                                                 1 1 1 1 0 0
                                                 1 1 1 1 1 0
+                                                1 1 1 1 1 0
   """
   query, key = np.arange(n)[:, None], np.arange(n)[None]
   prefix, total = (np.asarray(t)[:, None, None] for t in (prefix, total))
   near = (key <= query) & (key > query - (window or n))
-  return ((near | ((query < prefix) & (key < prefix))) & (key < total))[:, None]
+  return ((near | (query < prefix) & (key < prefix) | (query >= total)) & (key < total))[:, None]
 
-def loss(net, pixels, ids, cos, sin, masks, weight):
+def loss(net, pixels, ids, labels, cos, sin, masks, weight):
   """Mean next-token cross-entropy over the answers. pixels (G, 3, S, S): picture g belongs to B / G rows in turn of
-  ids (B, T + 1), the text; masks (full, sliding) (B, 1, 1, n, n); weight (B, T): 1 where the next token is scored."""
-  gemma, (B, T), V = net.language_model, weight.shape, net.language_model.config.vocab
+  ids (B, T), the text; labels (B, T): the token after each; masks (full, sliding) (B, 1, 1, n, n); weight (B, T): 1
+  where the next token is scored."""
+  gemma, B, V = net.language_model, ids.shape[0], net.language_model.config.vocab
   image = net.multi_modal_projector.linear(net.vision_tower(pixels))  # (G, P, D)
   G, P, D = image.shape
   image = image.reshape(G, 1, P, D).expand(G, B // G, P, D).reshape(B, P, D)
   embedding = gemma.embed_tokens.weight
-  if embedding.dtype == dtypes.float32 and V < 10000:
+  if not embedding.is_param:  # frozen: see Trainer
+    text = gemma.embed(ids)
+  elif V < 10000:
     # As a product with one-hot rows, because its gradient is a product too: that of a look-up took a third of the step.
-    one_hot = (ids[:, :-1].unsqueeze(-1) == Tensor.arange(V, device=ids.device)).float()
+    one_hot = (ids.unsqueeze(-1) == Tensor.arange(V, device=ids.device)).float()
     text = vlm.matmul(one_hot, embedding, "nn") * gemma.config.width ** 0.5
   else:
-    text = vlm.widen(embedding[ids[:, :-1]]) * gemma.config.width ** 0.5
+    text = embedding[ids] * gemma.config.width ** 0.5
   x = gemma(image.cat(text, dim=1), cos, sin, masks, [lambda k, v: (k, v)] * gemma.config.layers)
   logits = gemma.logits(x[:, P:].contiguous()).contiguous()  # (B, T, V)
-  target = (ids[:, 1:].unsqueeze(-1) == Tensor.arange(V, device=ids.device)).where(logits, 0).sum(-1)
+  target = (labels.unsqueeze(-1) == Tensor.arange(V, device=ids.device)).where(logits, 0).sum(-1)
   return ((logits.logsumexp(-1) - target) * weight).sum() / weight.sum()
 
 class Trainer:
@@ -121,16 +125,22 @@ class Trainer:
   def __init__(self, net, config, part="all"):
     self.net, self.config = net, config
     self.weights = {n: t for n, t in get_state_dict(net).items() if re.match(PARTS[part], n)}
-    for t in self.weights.values():  # small steps would round away in half precision
-      t.replace(vlm.widen(t).contiguous().realize())
+    for n, t in get_state_dict(net).items():
+      t.is_param_(n in self.weights)
+    # float32: small steps would round away in half precision. A copy: the file is mapped at addresses that matmul.c
+    # takes, but tinygrad's own kernels do not.
+    for t in self.weights.values():
+      t.replace(vlm.widen(Tensor(t.numpy(), device=t.device)).contiguous().realize())
     # The embedding, which is the head too, learns at a tenth of the rate: most of its rows are seen seldom, and Adam
     # makes each sighting a full step. At the full rate <loc> answers stayed worse than chance for thousands of steps.
     slow = {n: t for n, t in self.weights.items() if "embed_tokens" in n}
     groups = [(1.0, [t for n, t in self.weights.items() if n not in slow]), (0.1, list(slow.values()))]
     self.optimizers = [(rate, nn.optim.AdamW(group, lr=0.0, b2=0.99)) for rate, group in groups if group]
+    for t in self.state().values():  # memory of its own: the optimiser's would be born, and zero, in every replay
+      t.replace(t.contiguous().realize())
     weights, optimizers = list(self.weights.values()), [optimizer for _, optimizer in self.optimizers]
-    def batch_loss(pixels, ids, cos, sin, full, sliding, weight):
-      return loss(net, pixels, ids, cos, sin, (full, sliding), weight)
+    def batch_loss(pixels, ids, labels, cos, sin, full, sliding, weight):
+      return loss(net, pixels, ids, labels, cos, sin, (full, sliding), weight)
     def update(*batch):
       value = batch_loss(*batch)
       gradients = value.gradient(*weights)
@@ -138,6 +148,7 @@ class Trainer:
       clip = (1 / (norm + 1e-6)).minimum(1).contiguous()  # to a norm of 1
       for t, g in zip(weights, gradients):
         t.grad = g * clip
+      value = (norm < math.inf).where(value, math.nan)  # the weights are lost, the loss would show it a step later
       return value.realize(*[t for optimizer in optimizers for t in optimizer.schedule_step()])
     self.step_jit, self.loss_jit = TinyJit(update), TinyJit(batch_loss)  # neither holds self: see VLM._run
     self.step_jit.cnt = self.loss_jit.cnt = 1
@@ -152,7 +163,8 @@ class Trainer:
     lengths = [P + len(prefix) for prefix, _ in rows], [P + len(prefix) + len(answer) for prefix, answer in rows]
     masks = [training_mask(*lengths, P + T, window)[:, None] for window in (None, self.config.window)]
     cos, sin = vlm.rope_table(self.config, np.arange(P + T))
-    return [Tensor(t, device=device).realize() for t in (pixels, ids, cos, sin, *masks, weight)]
+    inputs = pixels, ids[:, :-1], ids[:, 1:], cos, sin, *masks, weight
+    return [Tensor(np.ascontiguousarray(t), device=device).realize() for t in inputs]
 
   def step(self, batch, lr):
     """One update -> the loss before it."""
@@ -173,17 +185,17 @@ class Trainer:
     return self.loss_jit(*batch).item()
 
 class Toy:
-  """Scenes drawn as they are needed: batch i is always the same. The first tenth of the steps shows one shape a
-  picture, the second up to two, the third up to three: what a name looks like and where it is are learnt in minutes
-  from single shapes; from up to four at once 3000 steps were not enough to see either."""
+  """Scenes drawn as they are needed: batch i is always the same. The first sixth of the steps shows one shape a
+  picture, the second up to two, the third up to three: what a name looks like and where it is are easier to learn from
+  single shapes."""
   def __init__(self, tokenizer, config, rows, steps):
-    self.tokenizer, self.side, self.text, self.steps = tokenizer, config.image_size, TEXT, steps
+    self.tokenizer, self.side, self.text, self.steps = tokenizer, config.image_size, longest(tokenizer), steps
     self.questions = math.gcd(QUESTIONS, rows)
     self.pictures = rows // self.questions
 
   def batch(self, i, seed=shapes.TRAIN_SEED):
     """-> B rows (prefix ids, answer ids), pixels (G, 3, S, S)."""
-    rows, pixels, most = [], [], min(4, 1 + 10 * i // self.steps) if seed == shapes.TRAIN_SEED else 4
+    rows, pixels, most = [], [], min(4, 1 + 6 * i // self.steps) if seed == shapes.TRAIN_SEED else 4
     for n in range(i * self.pictures, (i + 1) * self.pictures):
       image, asked = shapes.examples(seed, n, self.questions, most)
       pixels.append(vlm.to_pixels(image, self.side))
@@ -201,63 +213,64 @@ def tokenize(tokenizer, prefix, suffix):
   """-> ids of the prompt, ids of the answer with the end of the sequence."""
   return tokenizer.prompt(prefix), tokenizer.encode(suffix) + [tokenizer.eos]
 
+def longest(tokenizer):
+  """Text positions that no question of the toy world exceeds: 36 with its own tokenizer."""
+  name, shape = (max(names, key=lambda name: len(tokenizer.encode(f" {name}")))
+                 for names in (shapes.NAMES, shapes.CORNERS))
+  detect = lambda asked, label, found: ("detect " + " ; ".join(asked * [label]),
+                                        " ; ".join(found * ["<loc0000>" * 4 + f" {label}"]))
+  questions = [detect(3, name, 3), detect(3, shape, 4), ("caption en", " and ".join(4 * [f"an {name}"])),
+               (f"answer en what is right of the {shape}?", name), ("answer en how many shapes are there?", "4")]
+  return -(-max(sum(map(len, tokenize(tokenizer, *question))) - 1 for question in questions) // 4) * 4
+
 class Folder:
   """The lines of DATA/data.jsonl, one in twenty of them held out. Raises Fault for bad lines, all at once, unless they
   are to be skipped."""
   def __init__(self, folder, tokenizer, config, rows, skip_bad):
-    self.folder, self.config, self.rows, self.examples, bad = Path(folder), config, rows, [], []
-    self.path = self.folder / "data.jsonl"
+    self.folder, self.config, self.rows, examples, bad = Path(folder), config, rows, [], []
+    path = self.folder / "data.jsonl"
     try:
-      lines = self.path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-      raise Fault(f"{self.path}: {e}; a data folder holds pictures and a data.jsonl") from None
+      lines = path.read_bytes().split(b"\n")
+    except OSError as e:
+      raise Fault(f"{path}: {e.strerror}; a data folder holds pictures and a data.jsonl") from None
     for number, line in enumerate(lines, 1):
       if line.strip():
+        vlm.status(f"checking {path}: line {number}")
         try:
-          self.examples.append((number, *self.check(line, tokenizer)))
+          examples.append(self.check(line, tokenizer))
         except Fault as e:
           bad.append(f"line {number}: {e}")
+    vlm.status("")
     if bad and not skip_bad:
-      raise Fault(f"{self.path}: {len(bad)} bad lines (--skip-bad leaves them out): " + "; ".join(bad[:5]) +
+      raise Fault(f"{path}: {len(bad)} bad lines (--skip-bad leaves them out): " + "; ".join(bad[:5]) +
                   (f"; and {len(bad) - 5} more" if len(bad) > 5 else ""))
-    if not self.examples:
-      raise Fault(f"{self.path} has no usable line")
-    if bad:
-      print(f"{self.path}: {len(bad)} bad lines left out, {len(self.examples)} kept", file=sys.stderr)
-    self.text = -(-max(len(prefix) + len(answer) - 1 for _, _, (prefix, answer), _ in self.examples) // 8) * 8
-    self.held = self.examples[19::20] or self.examples[:1]  # fewer than 20 lines: nothing to hold out
-    self.examples = [e for e in self.examples if e not in self.held] or self.examples
+    if not examples:
+      raise Fault(f"{path} has no usable line" + (f"; {bad[0]}" if bad else ""))
+    self.found = f"{path}: {len(examples)} lines" + (f", {len(bad)} bad ones left out" if bad else "")
+    self.text = -(-max(sum(map(len, ids)) - 1 for _, ids, _ in examples) // 8) * 8
+    self.examples = [e for i, e in enumerate(examples) if i % 20 != 19]
+    self.held = examples[19::20] or examples[:1]  # of fewer than 20 lines none can be spared
 
   def check(self, line, tokenizer):
     """A line -> path of its picture, its ids, (prefix, suffix)."""
     try:
       example = json.loads(line)
-      image, prefix, suffix = (example[key] for key in ("image", "prefix", "suffix"))
-    except ValueError as e:
+      image, *question = (example[key] for key in ("image", "prefix", "suffix"))
+      ids = tokenize(tokenizer, *question)
+    except (KeyError, TypeError):
+      raise Fault("needs image, prefix and suffix, three strings") from None
+    except (ValueError, RecursionError) as e:
       raise Fault(f"not JSON ({e})") from None
-    except (KeyError, TypeError) as e:
-      raise Fault(f"needs image, prefix and suffix ({e!r})") from None
-    if not all(isinstance(value, str) for value in (image, prefix, suffix)):
-      raise Fault("image, prefix and suffix must be strings")
-    if not suffix:
+    if not question[1].strip():
       raise Fault("the suffix is empty")
-    ids = tokenize(tokenizer, prefix, suffix)
     if self.config.patches + sum(map(len, ids)) > self.config.max_context:
       raise Fault(f"{sum(map(len, ids))} tokens of text do not fit the model's context")
-    try:
-      with Image.open(self.folder / image):
-        return self.folder / image, ids, (prefix, suffix)
-    except (OSError, Image.DecompressionBombError) as e:
-      raise Fault(f"{image}: {'no such picture' if isinstance(e, FileNotFoundError) else 'not a picture'}") from None
+    vlm.open_image(self.folder / image)  # all of it: a damaged one would stop the run when its turn comes
+    return self.folder / image, ids, question
 
   def collate(self, examples):
-    pixels = []
-    for number, path, _, _ in examples:
-      try:
-        pixels.append(vlm.to_pixels(path, self.config.image_size))
-      except Fault as e:
-        raise Fault(f"{self.path}: line {number}: {e}", code=1) from None
-    return [ids for _, _, ids, _ in examples], np.concatenate(pixels)
+    pixels = [vlm.to_pixels(path, self.config.image_size) for path, _, _ in examples]
+    return [ids for _, ids, _ in examples], np.concatenate(pixels)
 
   def batch(self, i):
     """-> B rows (prefix ids, answer ids), pixels (B, 3, S, S). Every epoch in another order."""
@@ -270,7 +283,7 @@ class Folder:
     return self.collate([self.held[i % len(self.held)] for i in range(self.rows)])
 
   def sample(self, i):
-    _, path, _, question = self.held[i % len(self.held)]
+    path, _, question = self.held[i % len(self.held)]
     return vlm.open_image(path), *question
 
 class Run:
@@ -283,131 +296,146 @@ class Run:
       raise Fault(f"{self.folder} holds no training.state: there is nothing to resume")
     if self.state.exists() and not args.resume:
       raise Fault(f"{self.folder} holds a training run; --resume continues it, another --save starts a new one")
+    if not args.resume and any(self.folder.glob("*.safetensors*")):
+      raise Fault(f"{self.folder} holds a checkpoint, which would be lost; choose another --save")
     if args.train and not (args.init or args.resume):
       raise Fault("a data folder needs --init: which checkpoint to start from")
-    source = Path(args.init) if args.init and not args.resume else self.folder
-    self.prepare_folder(None if args.resume else args.init)
-    if args.init or args.resume:
-      self.model = vlm.load(source)
-    else:
-      self.model = vlm.VLM(vlm.PaliGemma(c := vlm.read_config(source / "config.json")), c,
-                           Tokenizer(source / "tokenizer.model"), vlm.open_device())
-      toy_weights(self.model.net, c, self.model.tokenizer, self.model.device)
-    self.types = {n: t.dtype for n, t in get_state_dict(self.model.net).items()}  # a checkpoint keeps its number types
-    self.trainer = Trainer(self.model.net, self.model.config, args.train_only)
-    data = (Folder(args.train, self.model.tokenizer, self.model.config, args.batch, args.skip_bad) if args.train else
-            Toy(self.model.tokenizer, self.model.config, args.batch, args.steps))
-    self.data, self.done, self.history = data, 0, []
+    source = self.folder if args.resume else Path(args.init) if args.init else None
+    self.model = vlm.load(source) if source else self.prepare_toy()
+    net, config, tokenizer = self.model.net, self.model.config, self.model.tokenizer
+    self.data = (Folder(args.train, tokenizer, config, args.batch, args.skip_bad) if args.train else
+                 Toy(tokenizer, config, args.batch, args.steps))
+    if args.train:
+      vlm.say(args, self.data.found)
+    if source:
+      self.prepare_folder(source)
+    self.types = {n: t.dtype for n, t in get_state_dict(net).items()}  # a checkpoint keeps its number types
+    self.trainer, self.done, self.saved, self.stop = Trainer(net, config, args.train_only), 0, 0, False
+    self.history, self.losses = [], []  # rows of loss.csv, losses since the last of them
     self.settings = {key: getattr(args, key) for key in ("train", "steps", "batch", "lr", "train_only")}
-    count = lambda tensors: sum(t.numel() for t in tensors.values())
-    need = 4 * (count(get_state_dict(self.model.net)) + 3 * count(self.trainer.weights))
-    if shutil.disk_usage(self.folder).free < 2 * need:  # the old files stay until the new ones are whole
-      raise Fault(f"{self.folder}: checkpoints take {2 * need / 1e6:.0f} MB, and the disk has less; free some", 1)
+    weights = sum(t.numel() * self.types[n].itemsize for n, t in get_state_dict(net).items())
+    state = 12 * sum(t.numel() for t in self.trainer.weights.values())
+    need = max(weights, state) + (0 if args.resume else weights + state)  # an old file stays until the new one is whole
+    if shutil.disk_usage(self.folder).free < need:
+      raise Fault(f"{self.folder}: checkpoints take {need / 1e6:.0f} MB, and the disk has less; free some", 1)
     if args.resume:
       self.restore()
 
-  def prepare_folder(self, init):
-    """config.json and tokenizer.model, before anything long starts."""
+  def prepare_toy(self):
+    """-> a model that has seen nothing yet."""
+    self.prepare_folder()
+    config, tokenizer = vlm.read_config(self.folder / "config.json"), Tokenizer(self.folder / "tokenizer.model")
+    model = vlm.VLM(vlm.PaliGemma(config), config, tokenizer, vlm.open_device())
+    toy_weights(model.net, config, tokenizer, model.device)
+    return model
+
+  def prepare_folder(self, source=None):
+    """config.json and tokenizer.model: those of a checkpoint, or the toy's. What --resume writes again proves that the
+    folder can be written to, before anything long starts."""
     try:
       self.folder.mkdir(parents=True, exist_ok=True)
-      if init:
-        for name in ("config.json", "tokenizer.model"):
-          if not (Path(init) / name).exists():
-            raise Fault(f"{init} holds no {name}; --init wants a PaliGemma folder")
-          if Path(init).resolve() != self.folder.resolve():
-            shutil.copyfile(Path(init) / name, self.folder / name)
-      elif not self.args.resume:
-        (self.folder / "config.json").write_text(json.dumps(TOY, indent=1))
+      config = json.loads((source / "config.json").read_text()) if source else TOY
+      if self.args.init:
+        config.pop("note", None)  # it says what the weights were
+      write_file(self.folder / "config.json", [json.dumps(config, indent=1).encode()])
+      if source:
+        write_file(self.folder / "tokenizer.model", [(source / "tokenizer.model").read_bytes()])
+      else:
         shapes.make_tokenizer(self.folder / "tokenizer.model")
     except OSError as e:
-      raise Fault(f"{self.folder}: {e.strerror}; choose another --save", code=1) from None
+      raise Fault(f"{self.folder}: {e.strerror or e}; choose another --save", code=1) from None
 
   def restore(self):
-    with safe_open(self.state, "numpy") as file:
-      saved = json.loads(file.metadata()["run"])
-      if saved["settings"] != self.settings:
-        wrong = [k for k, v in saved["settings"].items() if v != self.settings[k]]
-        raise Fault(f"this run was started with --{wrong[0].replace('_', '-')} {saved['settings'][wrong[0]]}; "
-                    "resume with that")
-      for name, tensor in self.trainer.state().items():
-        tensor.assign(Tensor(file.get_tensor(name), device=tensor.device)).realize()
-    self.done, self.history = saved["step"], saved["history"]
+    try:
+      with safe_open(self.state, "numpy") as file:
+        saved = json.loads(file.metadata()["run"])
+        wrong = [f"--{k.replace('_', '-')} {v}" for k, v in saved["settings"].items() if v != self.settings[k]]
+        if wrong:
+          raise Fault(f"this run was started with {' '.join(wrong)}; resume with that")
+        for name, tensor in self.trainer.state().items():
+          tensor.assign(Tensor(file.get_tensor(name), device=tensor.device)).realize()
+    except (OSError, SafetensorError) as e:
+      raise Fault(f"{self.state}: {e}; start a new run with --init {self.folder} and another --save") from None
+    self.done = self.saved = saved["step"]
+    self.history, self.losses = saved["history"], saved["losses"]
 
   def save(self):
     """model.safetensors, then the state; the names are those of hub files."""
-    arrays = {}
-    for name, t in get_state_dict(self.model.net).items():
-      array = t.numpy()
-      if self.types[name] == dtypes.uint16 and array.dtype != np.uint16:  # bfloat16 again, rounded to the nearest
-        bits = array.view(np.uint32)
-        array = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-      elif self.types[name] == dtypes.float16:
-        array = array.astype(np.float16)
-      if name.endswith("patch_embedding.weight"):
-        array = array.reshape(len(array), 3, *[self.model.config.patch_size] * 2)
-      arrays[hub_name(name)] = array
+    weights = {hub_name(n): (t, self.types[n]) for n, t in get_state_dict(self.model.net).items()}
+    state = {n: (t, dtypes.float32) for n, t in self.trainer.state().items()}
+    run = {"settings": self.settings, "step": self.done, "history": self.history, "losses": self.losses}
+    rows, picture = [("step", "loss", "held_out_loss"), *self.history], io.BytesIO()
     try:
-      write_file(self.folder / "model.safetensors", arrays)
-      run = {"settings": self.settings, "step": self.done, "history": self.history}
-      write_file(self.state, {n: t.numpy() for n, t in self.trainer.state().items()}, {"run": json.dumps(run)})
-      with open(self.folder / "loss.csv", "w", newline="") as file:
-        csv.writer(file).writerows([("step", "loss", "held_out_loss"), *self.history])
-      curve(self.history).save(self.folder / "loss.png")
+      write_file(self.folder / "model.safetensors", safetensors(weights, self.model.config.patch_size))
+      write_file(self.state, safetensors(state, metadata={"run": json.dumps(run)}))
+      self.saved = self.done
+      write_file(self.folder / "loss.csv", ["".join(f"{','.join(map(str, row))}\n" for row in rows).encode()])
+      if self.history:
+        curve(self.history).save(picture, "PNG")
+        write_file(self.folder / "loss.png", [picture.getbuffer()])
     except OSError as e:
-      raise Fault(f"{self.folder}: {e.strerror}; the checkpoint of before is untouched", code=1) from None
+      raise Fault(f"{self.folder}: {e.strerror or e}; the checkpoint of step {self.saved} is whole", code=1) from None
 
   def learning_rate(self, step):
     """Linear warm-up over the first 5 %, then half a cosine."""
-    warm = max(1, self.settings["steps"] // 20)
+    warm = max(1, self.args.steps // 20)
     return self.args.lr * min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * step / self.args.steps))
 
+  def interrupt(self, number, frame):
+    """On Ctrl-C: a step that is cut off in the middle would leave weights that no uninterrupted run ever has."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    self.stop = True
+    vlm.status("")
+    vlm.say(self.args, "finishing this step, then saving; Ctrl-C again leaves at once, without")
+
   def train(self):
-    args, batches = self.args, queue.Queue(4)
-    def feed():  # the next pictures are drawn or read while the last ones are computed
-      try:
-        for i in range(self.done, args.steps):
-          batches.put(self.data.batch(i))
-      except Exception as e:
-        batches.put(e)
-    threading.Thread(target=feed, daemon=True).start()
+    """All steps that are left, or those until Ctrl-C."""
+    args, step_tokens = self.args, lambda rows: sum(self.model.config.patches + len(p) + len(a) for p, a in rows)
     held_out = self.trainer.batch(*self.data.held_out(), self.data.text)
-    every, start, first, losses, tokens = max(1, args.steps // 40), time.perf_counter(), self.done, [], 0
-    while self.done < args.steps:
-      batch = batches.get()
-      if isinstance(batch, Exception):
-        raise batch
-      value = self.trainer.step(self.trainer.batch(*batch, self.data.text), self.learning_rate(self.done))
-      if not math.isfinite(value):
-        raise Fault(f"the loss is {value} at step {self.done + 1}; try a lower --lr. Last good checkpoint: "
-                    f"{self.folder}, step {self.history[-1][0] if self.history else 'none'}", code=1)
-      self.done += 1
-      losses.append(value)
-      tokens += sum(len(prefix) + len(answer) + self.model.config.patches for prefix, answer in batch[0])
-      spent = time.perf_counter() - start
-      left = spent / (self.done - first) * (args.steps - self.done)
-      vlm.status(f"step {self.done}/{args.steps} [{'#' * (20 * self.done // args.steps):20}] loss {value:.3f}  "
-                 f"{tokens / spent:.0f} tokens/s  {left / 60:.1f} min left")
-      if self.done % every == 0 or self.done == args.steps:
-        self.history.append((self.done, float(np.mean(losses)), self.trainer.loss(held_out)))
-        losses = []
-        self.report()
-        self.save()
+    every, start, first, tokens = max(1, args.steps // REPORTS), time.perf_counter(), self.done, 0
+    with ThreadPoolExecutor(1) as pool:  # the next pictures are drawn or read while these are computed
+      ahead = pool.submit(self.data.batch, self.done)
+      while self.done < args.steps and not self.stop:
+        rows, pixels = ahead.result()
+        ahead = pool.submit(self.data.batch, self.done + 1)
+        value = self.trainer.step(self.trainer.batch(rows, pixels, self.data.text), self.learning_rate(self.done))
+        self.check(value)
+        self.done += 1
+        self.losses.append(value)
+        tokens += step_tokens(rows)
+        spent = time.perf_counter() - start
+        left = spent / (self.done - first) * (args.steps - self.done)
+        vlm.status(f"step {self.done}/{args.steps} [{'#' * (20 * self.done // args.steps):20}] loss {value:.3f}  "
+                   f"{tokens / spent:.0f} tokens/s  {left / 60:.1f} min left")
+        if self.done % every == 0 or self.done == args.steps:
+          self.history.append([self.done, float(np.mean(self.losses)), self.check(self.trainer.loss(held_out))])
+          self.losses = []
+          self.report()
+          self.save()
+    if self.saved < self.done:
+      self.save()
+
+  def check(self, value):
+    if not math.isfinite(value):
+      raise Fault(f"the loss is {value} at step {self.done + 1}; try a lower --lr. Last good checkpoint: " +
+                  (f"{self.folder}, step {self.saved}" if self.saved else "none"), code=1)
+    return value
 
   def report(self):
     """One line with the losses, one with a held-out question, its true answer and the model's."""
     step, loss, held_out = self.history[-1]
     image, prefix, suffix = self.data.sample(len(self.history))
-    [answer] = self.model.generate([image], [prefix], max_tokens=self.data.text)
-    vlm.status("")
-    if not self.args.quiet:
-      print(f"step {step}: loss {loss:.3f}, held out {held_out:.3f}\n  {prefix!r}: {suffix!r}, model: {answer.text!r}",
-            file=sys.stderr)
+    room = self.model.config.max_context - self.model.config.patches - len(self.model.tokenizer.prompt(prefix))
+    self.model.features.clear()  # they are of the weights of before
+    [answer] = self.model.generate([image], [prefix], max_tokens=min(self.data.text, room))
+    vlm.say(self.args, f"step {step}: loss {loss:.3f}, held out {held_out:.3f}\n"
+                       f"  {prefix!r}: {suffix!r}, model: {answer.text!r}")
 
 def curve(history, width=640, height=400):
   """History of (step, loss, held-out loss) -> picture of both curves, from zero."""
   image = Image.new("RGB", (width, height), "white")
   draw, font, pad = ImageDraw.Draw(image), ImageFont.load_default(size=13), 45
-  last, top = history[-1][0], max(max(row[1:]) for row in history) * 1.05
+  last, top = history[-1][0], max(max(row[1:]) for row in history) * 1.05 or 1
   at = lambda step, loss: (pad + step / last * (width - 2 * pad), height - pad - loss / top * (height - 2 * pad))
   draw.line([at(0, top), at(0, 0), at(last, 0)], fill="black")
   for i in range(5):
@@ -424,21 +452,32 @@ def hub_name(name):
   name = re.sub(r"^language_model\.", "language_model.model.", name)
   return re.sub(r"^vision_tower\.", "vision_tower.vision_model.", name)
 
-def write_file(path, arrays, metadata=None):
-  """{name: array}, uint16 meaning bfloat16, -> a safetensors file, whole or not at all."""
-  kinds = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", np.dtype(np.uint16): "BF16"}
+def safetensors(tensors, patch=None, metadata=None):
+  """{name: (Tensor, type to store)}, uint16 meaning bfloat16 -> the pieces of a safetensors file. patch: its side, for
+  the patch embedding, which is a convolution in files."""
+  kinds = {dtypes.float32: "F32", dtypes.float16: "F16", dtypes.uint16: "BF16"}
   header, end = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
-  for name, array in arrays.items():
-    place = [end, end := end + array.nbytes]
-    header[name] = {"dtype": kinds[array.dtype], "shape": list(array.shape), "data_offsets": place}
+  for name, (t, dtype) in tensors.items():
+    shape = (len(t), 3, patch, patch) if name.endswith("patch_embedding.weight") and patch else t.shape
+    place = [end, end := end + t.numel() * dtype.itemsize]
+    header[name] = {"dtype": kinds[dtype], "shape": shape, "data_offsets": place}
   text = json.dumps(header).encode()
   text += b" " * (-(8 + len(text)) % 64)  # aligned for vectors: the CPU uses tensors where the file is mapped
+  yield len(text).to_bytes(8, "little") + text
+  for t, dtype in tensors.values():
+    array = t.numpy()
+    if dtype == dtypes.uint16 and array.dtype != np.uint16:  # bfloat16 again, rounded to the nearest
+      bits = array.view(np.uint32)
+      array = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    yield np.ascontiguousarray(array.astype(np.float16) if dtype == dtypes.float16 else array).data
+
+def write_file(path, pieces):
+  """Pieces of bytes -> a file, whole or not at all."""
   part = path.with_name(path.name + ".part")
   try:
     with open(part, "wb") as file:
-      file.write(len(text).to_bytes(8, "little") + text)
-      for array in arrays.values():
-        file.write(np.ascontiguousarray(array).data)
+      for piece in pieces:
+        file.write(piece)
       file.flush()
       os.fsync(file.fileno())
     os.replace(part, path)
@@ -465,13 +504,11 @@ def run(args):
     if wrong:
       raise Fault(message)
   job = Run(args)
+  before = signal.signal(signal.SIGINT, job.interrupt)
   try:
     job.train()
-  except KeyboardInterrupt:
-    vlm.status("")
-    if job.done and (not job.history or job.history[-1][0] != job.done):
-      job.save()
-    print(f"stopped after step {job.done}; --resume continues", file=sys.stderr)
-    return 130
-  print(f"{args.steps} steps done: {job.folder}", file=sys.stderr)
-  return 0
+  finally:
+    signal.signal(signal.SIGINT, before)
+  vlm.say(args, f"stopped after step {job.done}; --resume continues" if job.stop else
+                f"{args.steps} steps done: {job.folder}")
+  return 130 if job.stop else 0
