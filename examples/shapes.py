@@ -376,7 +376,7 @@ def main():
   action.add_argument("--example", metavar="DIR", type=Path, nargs="?", const=here, help="write the example pictures")
   parser.add_argument("--count", type=int, default=100, help="how many pictures to make (default 100)")
   parser.add_argument("--seed", type=int, default=TRAIN_SEED, help=f"of the pictures to make (default {TRAIN_SEED})")
-  parser.add_argument("--weights", default=here.parent / "weights/shapes", help="checkpoint (default weights/shapes)")
+  parser.add_argument("--weights", default=here.parent / "weights/toy", help="checkpoint (default weights/shapes)")
   parser.add_argument("--scenes", type=int, default=500, help="held-out scenes to measure on (default 500)")
   args = parser.parse_args()
   if args.eval:

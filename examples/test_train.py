@@ -1,0 +1,459 @@
+"""Tests of train.py: offline, on a smaller toy and the tiny checkpoints of weights/. `-k live` loads what it saves in
+transformers; that needs torch and transformers."""
+import copy
+import gc
+import importlib
+import json
+import os
+import shutil
+import signal
+import sys
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tinygrad import Tensor
+from tinygrad.nn.state import get_state_dict
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path += [str(ROOT), str(ROOT / "examples")]
+import shapes
+import train
+import vlm
+
+TINY = ROOT / "weights" / "tiny1"
+ROWS, TEXT = 4, 36
+
+def smaller():
+  """train.TOY with a fraction of its width, depth and picture."""
+  toy = copy.deepcopy(train.TOY) | {"hidden_size": 32, "projection_dim": 32}
+  toy["vision_config"] |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+                           "num_attention_heads": 2, "image_size": 56}
+  toy["text_config"] |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+                         "head_dim": 16, "num_image_tokens": 16}
+  return toy
+
+def shrink(patch):
+  patch.setattr(train, "TOY", smaller())
+  patch.setattr(train, "REPORTS", 2)
+  patch.setattr(train, "whitening", lambda config, f=train.whitening: f(config, 20))
+  patch.setattr(train.Run, "report", lambda self: None)  # a sample answer compiles two more programs
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch, tmp_path):
+  shrink(monkeypatch)
+  monkeypatch.chdir(tmp_path)
+
+def arguments(*argv):
+  import argparse
+  parser = argparse.ArgumentParser()
+  train.add_arguments(parser)
+  parser.add_argument("--quiet", action="store_true")
+  return parser.parse_args(["--train", *map(str, argv)])
+
+def toy(folder, part="all"):
+  """-> a model from random weights, its trainer, rows and pixels of a batch."""
+  args = arguments("--save", folder, "--batch", ROWS, "--steps", 8, "--train-only", part)
+  job = train.Run(args)
+  return job.model, job.trainer, *job.data.batch(0)
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+  """One model and one compiled loss for all tests that change no weights."""
+  with pytest.MonkeyPatch.context() as patch:
+    shrink(patch)
+    return toy(tmp_path_factory.mktemp("shared"))
+
+def arrays(folder):
+  return {n: a.copy() for n, a in vlm.read_weights(Path(folder)).items()}
+
+def rows_of(folder):
+  return [[float(v) for v in line.split(",")] for line in (Path(folder) / "loss.csv").read_text().splitlines()[1:]]
+
+@pytest.fixture
+def refused(capsys):
+  """Run the command line: it must fail with one line on stderr -> that line."""
+  def run(*argv, code=2):
+    got = vlm.main(["--train", *map(str, argv)])
+    out, err = capsys.readouterr()
+    assert got == code, err
+    assert out == "" and err.startswith("vlm: ") and err.count("\n") == 1 and "Traceback" not in err, err
+    return err
+  return run
+
+# ---- mask and loss ----
+def picture(text):
+  return np.array([[int(v) for v in line.split()] for line in text.strip().splitlines()], bool)
+
+def test_the_mask_is_its_picture():
+  lines = [line.split()[-6:] for line in train.training_mask.__doc__.splitlines()]
+  drawn = picture("\n".join(" ".join(line) for line in lines if len(line) == 6 and set(line) <= {"0", "1"}))
+  assert drawn.shape == (6, 6) and (train.training_mask([3], [5], 6)[0, 0] == drawn).all()
+
+def test_the_mask_with_a_window():
+  """The window bites on answers only: the prefix sees all of itself, and padding all the rest."""
+  rows = 3 * ["1 1 1 0 0 0 0"] + ["0 0 1 1 0 0 0", "0 0 0 1 1 0 0"] + 2 * ["1 1 1 1 1 0 0"]
+  wanted = picture("\n".join(rows))
+  assert (train.training_mask([3], [5], 7, 2)[0, 0] == wanted).all()
+  both = train.training_mask([3, 1], [5, 7], 7, 2)
+  assert both.shape == (2, 1, 7, 7) and (both[0, 0] == wanted).all() and (both.any(-1)).all()
+
+def test_loss_is_a_cross_entropy_of_the_models_own_logits(shared):
+  """vlm.logits after each beginning of an answer, which shares neither mask nor batch with train.loss."""
+  model, trainer, rows, pixels = shared
+  terms = []
+  for i, (prefix, answer) in enumerate(rows):
+    image = pixels[i * len(pixels) // len(rows)]
+    for n in range(len(answer)):
+      ids = prefix + answer[:n]
+      logits = one_shot(model, image, ids, len(prefix)).astype(np.float64)
+      terms.append(np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[answer[n]])
+  assert trainer.loss(trainer.batch(rows, pixels, TEXT)) == pytest.approx(np.mean(terms), abs=1e-5)
+
+def one_shot(model, image, ids, prefix):
+  """Next-token logits after `ids`, of which the first are a prefix: by numpy's own mask, on the uncached model."""
+  P, n = model.config.patches, model.config.patches + TEXT
+  total = P + len(ids)
+  mask = np.tril(np.ones((n, n), bool))
+  mask[:P + prefix, :P + prefix] = True
+  padded = np.array([ids + [0] * (TEXT - len(ids))], np.int32)
+  cos, sin = (Tensor(t, device=model.device) for t in vlm.rope_table(model.config, np.arange(n)))
+  if not hasattr(one_shot, "run"):
+    def run(pixels, padded, mask, cos, sin):
+      net = model.net
+      text = net.language_model.embed(padded)
+      features = net.multi_modal_projector.linear(net.vision_tower(pixels))
+      stores = [lambda k, v: (k, v)] * model.config.layers
+      x = net.language_model(features.cat(text, dim=1).contiguous(), cos, sin, (mask, mask), stores)
+      return net.language_model.logits(x.contiguous()).contiguous()
+    one_shot.run = vlm.TinyJit(run)
+    one_shot.run.cnt = 1
+  inputs = [Tensor(t, device=model.device).realize() for t in (image[None], padded, mask[None, None, None])]
+  return one_shot.run(*inputs, cos.realize(), sin.realize()).numpy()[0, total - 1]
+
+def test_only_answers_are_scored(shared):
+  model, trainer, rows, pixels = shared
+  batch = trainer.batch(rows, pixels, TEXT)
+  labels, weight, before = batch[2].numpy(), batch[-1].numpy(), trainer.loss(batch)
+  assert (weight.sum(1) == [len(answer) for _, answer in rows]).all()
+  def with_label(row, place):
+    changed = labels.copy()
+    changed[row, place] = (changed[row, place] + 7) % 400
+    return trainer.loss([*batch[:2], Tensor(changed, device=model.device).realize(), *batch[3:]])
+  for row, (prefix, answer) in enumerate(rows[:2]):
+    scored = range(len(prefix) - 1, len(prefix) + len(answer) - 1)
+    assert [labels[row, place] for place in scored] == answer  # from the first token to the eos
+    for place in (0, len(prefix) // 2, len(prefix) - 2, scored[-1] + 1, TEXT - 1):
+      assert place not in scored and with_label(row, place) == before
+    for place in (scored[0], scored[-1]):
+      assert abs(with_label(row, place) - before) > 1e-4
+
+def test_padding_is_ignored(shared):
+  model, trainer, rows, pixels = shared
+  batch = trainer.batch(rows, pixels, TEXT)
+  ids, before = batch[1].numpy(), trainer.loss(batch)
+  for row, (prefix, answer) in enumerate(rows):
+    ids[row, len(prefix) + len(answer):] = 99
+  assert trainer.loss([batch[0], Tensor(ids, device=model.device).realize(), *batch[2:]]) == before
+
+def test_a_row_of_a_batch_is_the_row_alone(shared):
+  model, trainer, rows, pixels = shared
+  mixed, alone = trainer.loss(trainer.batch(rows, pixels, TEXT)), []
+  for i in range(len(rows)):
+    picture = pixels[i * len(pixels) // len(rows)]
+    alone.append(trainer.loss(trainer.batch([rows[i]] * ROWS, np.stack([picture] * len(pixels)), TEXT)))
+  lengths = [len(answer) for _, answer in rows]
+  assert len(set(alone)) > 1 and mixed == pytest.approx(np.average(alone, weights=lengths), abs=1e-5)
+
+def test_padding_beyond_a_sliding_window():
+  """A row that is shorter than the longest by more than the window: its padding would see nothing, and be NaN."""
+  model = vlm.load(ROOT / "weights" / "tiny2")
+  trainer, rng = train.Trainer(model.net, model.config, "projector"), np.random.default_rng(0)
+  rows = [([2, 5, 9], [8, 1]), ([2] + rng.integers(5, 300, 39).tolist(), rng.integers(5, 300, 40).tolist())]
+  pixels = rng.uniform(-1, 1, (2, 3, 56, 56)).astype(np.float32)
+  assert model.config.window < 79 - 5 and np.isfinite(trainer.loss(trainer.batch(rows, pixels, 80)))
+
+# ---- steps ----
+def test_one_batch_overfits(tmp_path):
+  _, trainer, rows, pixels = toy(tmp_path)
+  batch, rates = trainer.batch(rows, pixels, TEXT), 1e-2 * np.minimum(1, np.arange(1, 81) / 10)
+  losses = [trainer.step(batch, rate) for rate in rates]
+  assert losses[0] > 4 and losses[10] < losses[0] - 0.5 and losses[-1] < 0.3, losses
+
+def test_the_optimizer_remembers(tmp_path):
+  """At a rate of 0 the gradient g stays: after n steps the mean is (1 - 0.9^n) g, that of squares (1 - 0.99^n) g^2."""
+  _, trainer, rows, pixels = toy(tmp_path)
+  batch, seen = trainer.batch(rows, pixels, TEXT), []
+  for n in range(1, 4):
+    trainer.step(batch, 0.0)
+    seen.append({name: t.numpy().copy() for name, t in trainer.state().items()})
+    assert seen[-1]["b1_t.0"] == pytest.approx(0.9 ** n) and seen[-1]["b2_t.1"] == pytest.approx(0.99 ** n)
+  for name, first in seen[0].items():
+    if name.startswith(("m.", "v.")):
+      grown = (1 - 0.9 ** 3) / 0.1 if name.startswith("m.") else (1 - 0.99 ** 3) / 0.01
+      assert np.abs(seen[2][name] - first * grown).max() <= 1e-3 * np.abs(first * grown).max(), name
+
+@pytest.mark.parametrize("part,moves", [
+  ("projector", lambda n: n.startswith("multi_modal_projector.")),
+  ("attention", lambda n: n.startswith("language_model.") and ".self_attn." in n),
+  ("language", lambda n: n.startswith("language_model.")), ("all", lambda n: True)])
+def test_frozen_weights_do_not_move(part, moves, tmp_path):
+  """Of a bfloat16 checkpoint, whose frozen weights pass gradients on but for `all`."""
+  copy_bfloat16(TINY, tmp_path / "half")
+  model = vlm.load(tmp_path / "half")
+  places = get_state_dict(model.net)
+  trainer, before = train.Trainer(model.net, model.config, part), {n: t.numpy().copy() for n, t in places.items()}
+  rows = [train.tokenize(model.tokenizer, "caption en", "hello")] * 2
+  batch = trainer.batch(rows, np.random.default_rng(1).uniform(-1, 1, (2, 3, 56, 56)).astype(np.float32), 24)
+  losses = [trainer.step(batch, 1e-3) for _ in range(3)]
+  moved = {n for n, t in places.items() if (t.numpy() != before[n]).any()}
+  assert losses[2] < losses[0] - 0.1
+  # Softmax does not see what is added to all keys alike: no gradient reaches their bias but rounding.
+  assert {n for n in places if moves(n)} - moved <= {n for n in places if "k_proj.bias" in n}
+  assert moved <= {n for n in places if moves(n)} == set(trainer.weights)
+  assert all((t.grad is None) == (n not in trainer.weights) for n, t in places.items())
+
+def copy_bfloat16(source, target):
+  """The checkpoint in half the bits, at addresses that are only as even as the format promises."""
+  target.mkdir()
+  for name in ("config.json", "tokenizer.model"):
+    shutil.copy(source / name, target)
+  header, blobs, end = {}, [], 0
+  for name, array in vlm.read_weights(source).items():
+    blobs.append((array.view(np.uint32) >> 16).astype(np.uint16).tobytes())
+    header[name] = {"dtype": "BF16", "shape": array.shape, "data_offsets": [end, end := end + len(blobs[-1])]}
+  text = json.dumps(header)
+  text += " " * (-len(text) % 64)
+  (target / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text.encode() + b"".join(blobs))
+
+def test_learning_rate(tmp_path):
+  job = train.Run.__new__(train.Run)
+  job.args = arguments("--steps", 100, "--lr", 0.5)
+  rates = [job.learning_rate(step) for step in range(100)]
+  assert rates[0] == pytest.approx(0.1) and max(rates) == pytest.approx(0.5, rel=0.01) and np.argmax(rates) in (4, 5)
+  assert (np.diff(rates[5:]) < 0).all() and 0 < rates[-1] < 0.001
+
+def test_a_dropped_trainer_is_freed_at_once(tmp_path):
+  """See test_a_dropped_model_is_freed_at_once of test_vlm.py."""
+  model, trainer, rows, pixels = toy(tmp_path)
+  batch = trainer.batch(rows, pixels, TEXT)
+  trainer.step(batch, 1e-3)
+  parts = [weakref.ref(part) for part in (model, model.net, trainer, trainer.step_jit, trainer.step_jit.captured)]
+  gc.disable()
+  try:
+    del model, trainer
+    assert not [part() for part in parts if part() is not None]
+  finally:
+    gc.enable()
+
+# ---- runs ----
+RUN = "--steps", 8, "--batch", ROWS, "--lr", 1e-3, "--quiet"
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  """A run that nobody interrupts -> its folder."""
+  folder = tmp_path_factory.mktemp("runs") / "whole"
+  with pytest.MonkeyPatch.context() as patch:
+    shrink(patch)
+    assert vlm.main(["--train", "--save", str(folder), *map(str, RUN)]) == 0
+  return folder
+
+def test_a_run_leaves_a_whole_folder(whole):
+  names = {"config.json", "model.safetensors", "tokenizer.model", "training.state", "loss.csv", "loss.png"}
+  assert {p.name for p in whole.iterdir()} == names
+  tensors = vlm.read_tensors(whole / "model.safetensors")  # hub names
+  assert "language_model.model.layers.1.self_attn.q_proj.weight" in tensors
+  assert tensors["vision_tower.vision_model.embeddings.patch_embedding.weight"].shape == (32, 3, 14, 14)
+  assert [row[0] for row in rows_of(whole)] == [4, 8]
+  assert Image.open(whole / "loss.png").size == (640, 400)
+  [answer] = vlm.load(whole).generate([shapes.scene(3, 0).image], ["caption en"], max_tokens=4)
+  assert len(answer.tokens) <= 4
+
+@pytest.mark.parametrize("after", [2, 4])
+def test_resume_equals_uninterrupted(after, whole, tmp_path, monkeypatch, capsys):
+  """Ctrl-C in the middle of a step, between two rows of loss.csv and at one: the step ends, then all is saved."""
+  original, steps = train.Trainer.step, []
+  def step(self, *args):
+    steps.append(0)
+    if len(steps) == after:
+      signal.raise_signal(signal.SIGINT)
+    return original(self, *args)
+  monkeypatch.setattr(train.Trainer, "step", step)
+  command = ["--train", "--save", str(tmp_path / "run"), *map(str, RUN)]
+  handler = signal.getsignal(signal.SIGINT)
+  assert vlm.main(command) == 130 and len(steps) == after and signal.getsignal(signal.SIGINT) == handler
+  assert (tmp_path / "run" / "loss.csv").read_text().count("\n") == 1 + after // 4
+  assert vlm.main([*command, "--resume"]) == 0 and len(steps) == 8
+  assert rows_of(tmp_path / "run") == rows_of(whole)
+  for name in ("model.safetensors", "training.state"):
+    assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()
+  assert capsys.readouterr().err == ""  # --quiet
+
+def test_resume_wants_the_same_run(whole, refused, tmp_path):
+  err = refused("--save", whole, "--resume", "--steps", 9, "--batch", ROWS, "--lr", 0.5)
+  assert "--steps 8" in err and "--lr 0.001" in err
+  assert "--resume" in refused("--save", whole, *RUN)
+  assert "nothing to resume" in refused("--save", tmp_path / "none", "--resume") and not (tmp_path / "none").exists()
+  broken = shutil.copytree(whole, tmp_path / "broken")
+  (broken / "training.state").write_bytes(b"x" * 100)
+  assert "training.state" in refused("--save", broken, "--resume", *RUN)
+
+def test_a_checkpoint_is_never_trained_over(refused, tmp_path):
+  folder = shutil.copytree(TINY, tmp_path / "tiny")
+  before = {p: p.read_bytes() for p in folder.iterdir()}
+  for init in ((), ("--init", folder)):
+    assert "another --save" in refused("--save", folder, *init, *RUN)
+  assert {p: p.read_bytes() for p in folder.iterdir()} == before
+
+def test_options(refused, tmp_path):
+  for option, value in (("--steps", 0), ("--steps", -1), ("--batch", 0), ("--lr", 0), ("--lr", "nan"), ("--lr", "inf"),
+                        ("--lr", -1), ("--steps", "x"), ("--train-only", "vision")):
+    assert option in refused("--save", tmp_path / "no", option, value)
+  assert "--init" in refused(tmp_path, "--save", tmp_path / "no")
+  assert "config.json" in refused("--init", tmp_path / "nothing", "--save", tmp_path / "no")
+  assert not (tmp_path / "no").exists()
+
+@pytest.fixture
+def job(whole, tmp_path):
+  """The run `whole`, ready to go on, in a folder of its own."""
+  return train.Run(arguments("--save", shutil.copytree(whole, tmp_path / "copy"), "--resume", *RUN))
+
+def test_a_save_that_fails_leaves_the_old(job, monkeypatch):
+  before = {p: p.read_bytes() for p in job.folder.iterdir()}
+  weight = next(iter(job.trainer.weights.values()))
+  weight.assign(weight + 1).realize()
+  def full(*args):
+    raise OSError(28, "No space left on device")
+  for name in ("replace", "fsync"):
+    with monkeypatch.context() as patch:
+      patch.setattr(os, name, full)
+      with pytest.raises(vlm.Fault, match="No space.*step 8") as e:
+        job.save()
+      assert e.value.code == 1 and {p: p.read_bytes() for p in job.folder.iterdir()} == before
+
+def test_nan_stops(job, monkeypatch):
+  before = (job.folder / "model.safetensors").read_bytes()
+  job.done, job.args.steps = 6, 8
+  weight = job.trainer.weights["language_model.norm.weight"]
+  weight.assign(weight * np.nan).realize()
+  with pytest.raises(vlm.Fault, match="nan at step 7.*copy, step 8") as e:
+    job.train()
+  assert e.value.code == 1 and (job.folder / "model.safetensors").read_bytes() == before
+
+def test_places_that_cannot_be_written(refused, tmp_path, monkeypatch, whole):
+  (tmp_path / "file").write_text("")
+  for save in (tmp_path / "file", tmp_path / "file" / "deeper", "/proc/none"):
+    assert str(save) in refused("--save", save, code=1)
+  usage = shutil.disk_usage(tmp_path)
+  monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+  assert "free some" in refused("--save", tmp_path / "full", code=1)
+
+# ---- data folders ----
+@pytest.fixture
+def data(tmp_path):
+  folder = tmp_path / "data"
+  folder.mkdir()
+  lines = []
+  for i in range(4):
+    shapes.scene(1, i, (64, 64)).image.save(folder / f"{i}.png")
+    lines.append(json.dumps({"image": f"{i}.png", "prefix": "caption en", "suffix": f"picture\u2028{i}"},
+                            ensure_ascii=False))
+  (folder / "data.jsonl").write_text("\n".join(lines) + "\n\n", encoding="utf-8")
+  return folder
+
+BAD = {
+  "not JSON": b'{"image": ', "not JSON ": b"\xff\xfe\xff", "not JSON  ": b"[" * 100000, "three strings": b"[1, 2]",
+  "three strings ": b'{"image": "0.png", "prefix": "x"}',
+  "three strings  ": b'{"image": "0.png", "prefix": "x", "suffix": 3}',
+  "suffix is empty": b'{"image": "0.png", "prefix": "x", "suffix": ""}',
+  "no such image": b'{"image": "9.png", "prefix": "x", "suffix": "y"}',
+  "not an image": b'{"image": "half.png", "prefix": "x", "suffix": "y"}',
+  "not an image ": b'{"image": "data.jsonl", "prefix": "x", "suffix": "y"}',
+  "not an image  ": b'{"image": "a\\u0000b", "prefix": "x", "suffix": "y"}',
+  "do not fit": b'{"image": "0.png", "prefix": "x", "suffix": "' + b"y " * 9000 + b'"}'}
+
+def test_bad_lines_are_named(data, refused, tmp_path, capsys):
+  (data / "half.png").write_bytes((data / "0.png").read_bytes()[:200])
+  good = (data / "data.jsonl").read_bytes()
+  command = data, "--init", TINY, "--save", tmp_path / "out"
+  for what, line in BAD.items():
+    (data / "data.jsonl").write_bytes(good + line)
+    err = refused(*command)
+    assert "1 bad line" in err and "line 6: " in err and what.strip() in err and not (tmp_path / "out").exists(), err
+  (data / "data.jsonl").write_bytes(good + b"\n".join(BAD.values()))
+  assert f"{len(BAD)} bad lines" in refused(*command) and "and 7 more" in refused(*command)
+  config = vlm.read_config(TINY / "config.json")
+  kept = train.Folder(data, vlm.Tokenizer(TINY / "tokenizer.model"), config, 2, skip_bad=True)
+  assert kept.found.endswith(f"4 lines, {len(BAD)} bad ones left out") and len(kept.examples) == 4
+  (data / "data.jsonl").write_bytes(b"\n".join(BAD.values()))
+  assert "no usable line" in refused(*command, "--skip-bad")
+  (data / "data.jsonl").unlink()
+  assert "data.jsonl" in refused(*command)
+
+def test_every_epoch_shows_every_line(data):
+  lines = [json.dumps({"image": "0.png", "prefix": str(i), "suffix": "y"}) for i in range(41)]
+  (data / "data.jsonl").write_text("\n".join(lines))
+  config = vlm.read_config(TINY / "config.json")
+  folder = train.Folder(data, vlm.Tokenizer(TINY / "tokenizer.model"), config, 13, False)
+  assert [question[0] for _, _, question in folder.held] == ["19", "39"] and len(folder.examples) == 39
+  seen = [[str(ids) for ids in folder.batch(i)[0]] for i in range(6)]
+  assert sorted(sum(seen[:3], [])) == sorted(sum(seen[3:], [])) and len(set(sum(seen[:3], []))) == 39
+  assert seen[:3] != seen[3:]
+
+def test_fine_tuning(data, tmp_path, monkeypatch, capsys):
+  """A bfloat16 checkpoint: its number types, sizes and tokens stay, and so does all that is frozen; its note goes."""
+  monkeypatch.undo()
+  copy_bfloat16(TINY, tmp_path / "half")
+  (data / "data.jsonl").open("a").write("oops")
+  save = tmp_path / "tuned"
+  argv = ["--train", str(data), "--init", str(tmp_path / "half"), "--save", str(save), "--steps", "2", "--batch", "2",
+          "--train-only", "attention", "--skip-bad"]
+  assert vlm.main(argv) == 0
+  err = capsys.readouterr().err
+  assert "4 lines, 1 bad ones left out" in err and "step 2: loss" in err and "'caption en': 'picture" in err
+  config, old = (json.loads((folder / "config.json").read_text()) for folder in (save, tmp_path / "half"))
+  assert old.pop("note") and config == old
+  assert (save / "tokenizer.model").read_bytes() == (TINY / "tokenizer.model").read_bytes()
+  before, after = arrays(tmp_path / "half"), arrays(save)
+  assert all(a.dtype == np.uint16 for a in after.values()) and before.keys() == after.keys()
+  moved = {n for n in before if (before[n] != after[n]).any()}
+  assert moved and all(".self_attn." in n and n.startswith("language_model.") for n in moved)
+
+def test_the_toy_world_fits_other_tokenizers():
+  for path, texts in ((TINY, 200), (None, 200)):
+    if not path:
+      shapes.make_tokenizer("own.model")
+    tokenizer = vlm.Tokenizer(path / "tokenizer.model" if path else "own.model")
+    most = train.longest(tokenizer)
+    assert path or most == 36
+    for i in range(texts):
+      for question in shapes.examples(1, i, 8)[1]:
+        assert sum(map(len, train.tokenize(tokenizer, *question))) - 1 <= most
+
+# ---- live: transformers itself ----
+def same_answers(folder, count=20):
+  import golden
+  theirs, ours = golden.load(folder), vlm.load(folder)
+  for i in range(count):
+    image, prefix, _ = shapes.example(shapes.TEST_SEED, i)
+    pixels = vlm.to_pixels(image, ours.config.image_size)
+    right = golden.reference(theirs, pixels, ours.tokenizer.prompt(prefix), 16)["tokens"][0].tolist()
+    [answer] = ours.generate([image], [prefix], max_tokens=16)
+    assert answer.tokens == right[:right.index(1) if 1 in right else None], (i, prefix)
+
+def need_transformers():
+  for package in ("torch", "transformers"):
+    if os.environ.get("VLM_LIVE"):  # CI, which must not skip
+      importlib.import_module(package)
+    pytest.importorskip(package, reason=f"the live comparison needs {package}: see .ci/run for its environment")
+
+def test_live_saved_folder(whole):
+  need_transformers()
+  same_answers(whole)
+
+@pytest.mark.skipif(not (ROOT / "weights" / "toy").exists(), reason="there is no weights/toy yet")
+def test_live_shipped_folder():
+  need_transformers()
+  same_answers(ROOT / "weights" / "toy")
