@@ -66,8 +66,10 @@ def toy_weights(net, config, tokenizer, device, seed=0):
     t.replace(Tensor(value.astype(np.float32), device=device).realize())
 
 def whitening(config, pictures=200):
-  """The strongest principal components of the toy world's patches, each scaled to variance 1 -> (Dv, 3 * p * p). Flat
-  colour is nearly all of a patch's variance, and seen through random weights it drowns the edges."""
+  """The strongest principal components of the toy world's patches, scaled to about one variance -> (Dv, 3 * p * p):
+  flat colour is nearly all of a patch's variance, and seen through random weights it drowns the edges. At a quarter of
+  full size, or the patch drowns its position (trained on nothing but single shapes and their height, 6400 pictures
+  made 84 % right to a sixteenth, and 41 % without the quarter)."""
   S, p, g = config.image_size, config.patch_size, config.image_size // config.patch_size
   pixels = np.concatenate([vlm.to_pixels(shapes.scene(shapes.TRAIN_SEED, i).image, S) for i in range(pictures)])
   patches = pixels.reshape(-1, 3, g, p, g, p).transpose(0, 2, 4, 1, 3, 5).reshape(-1, 3 * p * p)
@@ -132,7 +134,7 @@ class Trainer:
     for t in self.weights.values():
       t.replace(vlm.widen(Tensor(t.numpy(), device=t.device)).contiguous().realize())
     # The embedding, which is the head too, learns at a tenth of the rate: most of its rows are seen seldom, and Adam
-    # makes each sighting a full step. At the full rate <loc> answers stayed worse than chance for thousands of steps.
+    # makes each sighting a full step.
     slow = {n: t for n, t in self.weights.items() if "embed_tokens" in n}
     groups = [(1.0, [t for n, t in self.weights.items() if n not in slow]), (0.1, list(slow.values()))]
     self.optimizers = [(rate, nn.optim.AdamW(group, lr=0.0, b2=0.99)) for rate, group in groups if group]
