@@ -766,8 +766,8 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.device:
       DEV.value = args.device
-    if args.train is not None:
-      return train.run(args)
+    if (code := train.run(args)) is not None:
+      return code
     images, prompt = args.inputs[:1], " ".join(args.inputs[1:])
     if not images:
       images, prompt = [str(Path(__file__).with_name("examples") / "shapes.png")], "caption en"

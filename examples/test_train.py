@@ -449,6 +449,9 @@ def need_transformers():
       importlib.import_module(package)
     pytest.importorskip(package, reason=f"the live comparison needs {package}: see .ci/run for its environment")
 
+def test_training_options_need_train(capsys):
+  assert vlm.main(["--resume"]) == 2 and "--train" in capsys.readouterr().err
+
 def test_live_saved_folder(whole):
   need_transformers()
   same_answers(whole)

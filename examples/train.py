@@ -500,7 +500,11 @@ def add_arguments(parser):
   t.add_argument("--skip-bad", action="store_true", help="leave out bad lines of data.jsonl")
 
 def run(args):
-  """What `python vlm.py --train` does -> exit code. Raises Fault."""
+  """What `python vlm.py --train` does -> exit code, None without --train. Raises Fault."""
+  if args.train is None:
+    if args.init or args.resume or args.skip_bad:
+      raise Fault("--init, --resume and --skip-bad go with --train")
+    return None
   for wrong, message in ((args.steps < 1, "--steps: at least 1"), (args.batch < 1, "--batch: at least 1"),
                          (not 0 < args.lr < math.inf, "--lr: above 0")):
     if wrong:
