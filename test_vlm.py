@@ -835,6 +835,9 @@ def test_bad_options(refused, pictures, tmp_path, tiny):
   for out in (tmp_path, tmp_path / "no" / "folder.png", tmp_path / "no-format", tmp_path / "text.txt"):
     refused(str(out), pictures["rgb"], "caption en", "--out", out)
 
+def test_words_without_quotes(pictures, refused):
+  refused("quotes", pictures["rgb"], "caption", "en")
+
 def test_device_that_is_not_there(pictures):
   for arguments, more in ((["--device", "NOPE"], {}), ([], {"DEV": "NOPE"}), (["--device", "CPU:NOPE"], {})):
     done = cli(pictures["rgb"], "caption en", "--weights", WEIGHTS / "tiny1", *arguments, env=more)
@@ -846,7 +849,7 @@ def cli(*argv, env={}, **options):
   return subprocess.run(command, capture_output=True, text=True, env=os.environ | env, **options)
 
 def test_answer_on_stdout_all_else_on_stderr(pictures, tmp_path):
-  done = cli(pictures["rgb"], "caption", "en", "--weights", WEIGHTS / "tiny2", "--max-tokens", 8, cwd=tmp_path)
+  done = cli(pictures["rgb"], "caption en", "--weights", WEIGHTS / "tiny2", "--max-tokens", 8, cwd=tmp_path)
   assert done.returncode == 0
   assert done.stdout == model("tiny2").generate([pictures["rgb"]], ["caption en"], max_tokens=8)[0].text + "\n"
   note, *_, last = done.stderr.splitlines()

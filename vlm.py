@@ -10,7 +10,6 @@ Letters in shape comments: B batch, S image side, P image tokens (patches), T te
 cache), H heads, K key/value heads, d head size, D width, V vocabulary. A Linear weight is (out, in), as in the files.
 """
 import argparse
-import contextlib
 import ctypes.util
 import functools
 import json
@@ -27,7 +26,7 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image, ImageOps
 from tinygrad import Device, Tensor, TinyJit, UOp, dtypes
-from tinygrad.helpers import CPU_COUNT, DEV, Context
+from tinygrad.helpers import CPU_COUNT, DEV
 from tinygrad.nn.state import get_state_dict
 from tinygrad.renderer import Estimates
 from tinygrad.renderer.cstyle import ClangRenderer
@@ -341,7 +340,6 @@ class VLM:
     self.max_context = min(max_context or config.max_context, config.max_context)
     self.bytes = sum(t.nbytes() for t in get_state_dict(net.language_model).values())  # what a decode step reads
     self.programs, self.caches, self.features, self.timings = {}, {}, {}, {}
-
   def _run(self, key, function, *inputs):
     # No function holds self: a garbage collection on one of tinygrad's threads would wait for itself for ever.
     if key not in self.programs:
@@ -350,10 +348,8 @@ class VLM:
       self.programs[key] = TinyJit(function)
       self.programs[key].cnt = 1  # capture on the first call: the usual dry run would schedule everything twice
     return self.programs[key](*inputs)
-
   def _tensor(self, array):
     return Tensor(array, device=self.device).realize()
-
   def _cache(self, B, C):
     return self.caches.get((B, C)) or self.caches.setdefault((B, C), Cache(self.config, B, C, self.device))
 
@@ -576,9 +572,8 @@ def open_device(name=None):
     name = Device.canonicalize(name)
     if name.startswith("CPU"):
       prepare_cpu()
-    if isinstance(Device[name].renderer, LLVMRenderer):
-      with contextlib.suppress(AttributeError):  # LLVM 15 must be told what newer ones take for granted
-        llvm.dll.LLVMContextSetOpaquePointers(Device[name].compiler.context, 1)
+    if isinstance(Device[name].renderer, LLVMRenderer) and hasattr(llvm.dll, "LLVMContextSetOpaquePointers"):
+      llvm.dll.LLVMContextSetOpaquePointers(Device[name].compiler.context, 1)  # LLVM 15 must be told; newer ones know
     return name
   except Exception as e:  # whatever a driver that is not there raises
     raise Fault(f"device {name or DEV.device} cannot be used here ({e}); leave out --device and DEV") from None
@@ -688,8 +683,9 @@ def default_weights():
 
 def status(text):
   """A line of progress on a terminal's stderr, each over the last."""
-  if sys.stderr.isatty():
+  if sys.stderr.isatty() and not status.quiet:
     print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+status.quiet = False
 
 def say(args, text):
   status("")
@@ -750,7 +746,7 @@ def main(argv=None):
     prog="vlm.py", description="Ask PaliGemma about a picture. Without a prompt: ask again and again.",
     epilog='prompts of mix checkpoints: "caption en", "answer en QUESTION", "detect A ; B", "segment A"')
   p.error = fail
-  p.add_argument("inputs", nargs="*", metavar="IMAGE [PROMPT]", help="a picture, or several, then the prompt")
+  p.add_argument("inputs", nargs="*", metavar="IMAGE [PROMPT]", help="a picture, and what to ask of it")
   p.add_argument("--weights", metavar="DIR", help="a PaliGemma folder (default: the largest under weights/)")
   p.add_argument("--max-tokens", type=int, default=MAX_TOKENS, metavar="N", help="longest answer (default %(default)s)")
   p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: always the likeliest token (default)")
@@ -764,11 +760,14 @@ def main(argv=None):
   train.add_arguments(p)
   try:
     args = p.parse_args(argv)
+    status.quiet = args.quiet
     if args.device:
       DEV.value = args.device
     if (code := train.run(args)) is not None:
       return code
-    images, prompt = args.inputs[:1], " ".join(args.inputs[1:])
+    if len(args.inputs) > 2:
+      raise Fault("one picture and one prompt: put quotes around a prompt of several words")
+    images, prompt = args.inputs[:1], "".join(args.inputs[1:])
     if not images:
       images, prompt = [str(Path(__file__).with_name("examples") / "shapes.png")], "caption en"
     check_sampling(args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed)  # all before the slow part
