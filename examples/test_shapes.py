@@ -1,6 +1,5 @@
 """Tests of examples/shapes.py. Answers are worked out again here, in other words than in shapes.py."""
 import hashlib
-import io
 import json
 import re
 import subprocess

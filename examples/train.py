@@ -68,8 +68,7 @@ def toy_weights(net, config, tokenizer, device, seed=0):
 def whitening(config, pictures=200):
   """The strongest principal components of the toy world's patches, scaled to about one variance -> (Dv, 3 * p * p):
   flat colour is nearly all of a patch's variance, and seen through random weights it drowns the edges. At a quarter of
-  full size, or the patch drowns its position (trained on nothing but single shapes and their height, 6400 pictures
-  made 84 % right to a sixteenth, and 41 % without the quarter)."""
+  full size, so that the patch does not drown its position."""
   S, p, g = config.image_size, config.patch_size, config.image_size // config.patch_size
   pixels = np.concatenate([vlm.to_pixels(shapes.scene(shapes.TRAIN_SEED, i).image, S) for i in range(pictures)])
   patches = pixels.reshape(-1, 3, g, p, g, p).transpose(0, 2, 4, 1, 3, 5).reshape(-1, 3 * p * p)
