@@ -34,6 +34,7 @@ from tinygrad.nn.state import get_state_dict
 
 ROOT = Path(__file__).resolve().parent
 sys.path.append(str(ROOT / "examples"))
+import compiled
 import golden
 import train
 import vlm
@@ -46,6 +47,7 @@ ROUNDING = 2e-5  # the same sums in another order, in standard deviations
 # With the processor's bfloat16 instructions a matmul's input is rounded to 8 bits as well: 2^-9 an element, measured to
 # come to 0.02 in the logits of the tiny models. vlm.PORTABLE turns those instructions off; then the rest must be exact.
 BFLOAT16 = 0.05
+compiled.KEPT = 0  # tests put functions of their own into a model; those of test_compiled.py keep programs
 SHORT, LONG = "detect cat ; dog", golden.PROMPTS[2]
 
 @functools.cache
@@ -1002,7 +1004,7 @@ def test_ctrl_c(pictures, tmp_path):
 
 def test_no_arguments(capsys, monkeypatch):
   asked, m = [], model("tiny2")
-  def load(folder):
+  def load(folder, **options):
     asked.append(Path(folder))
     return m
   monkeypatch.setattr(vlm, "load", load)
@@ -1033,12 +1035,13 @@ def test_one_sitting():
     assert re.search(rf"\b{len(lines)} lines\b", readme.read_text()), f"README.md must say {len(lines)} lines"
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pty")
-def test_progress_does_not_clear_the_answer(clone):
+def test_progress_does_not_clear_the_answer(clone, tmp_path):
   """on a terminal, where stdout and stderr share the line: nothing clears it once the answer has begun"""
   import pty
   place, terminal = pty.openpty()
   command = [sys.executable, "vlm.py", "examples/shapes.png", "caption en", "--weights", "weights/tiny1", "--max-tokens", "5"]
-  with subprocess.Popen(command, cwd=clone, stdout=terminal, stderr=terminal, stdin=subprocess.DEVNULL) as run:
+  with subprocess.Popen(command, cwd=clone, stdout=terminal, stderr=terminal, stdin=subprocess.DEVNULL,
+                        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)}) as run:  # nothing is compiled there yet
     os.close(terminal)
     shown = b""
     with contextlib.suppress(OSError):  # how Linux says that the other end is closed

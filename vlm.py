@@ -10,13 +10,10 @@ Letters in shape comments: B batch, S image side, P image tokens (patches), T te
 cache), H heads, K key/value heads, d head size, D width, V vocabulary. A Linear weight is (out, in), as in the files.
 """
 import argparse
-import ctypes.util
 import functools
 import json
 import math
-import os
 import re
-import shutil
 import sys
 import time
 from collections import namedtuple
@@ -26,13 +23,9 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image, ImageOps
 from tinygrad import Device, Tensor, TinyJit, UOp, dtypes
+from tinygrad.dtype import truncate
 from tinygrad.helpers import CPU_COUNT, DEV
 from tinygrad.nn.state import get_state_dict
-from tinygrad.renderer import Estimates
-from tinygrad.renderer.cstyle import ClangRenderer
-from tinygrad.renderer.llvmir import LLVMRenderer
-from tinygrad.runtime.autogen import llvm
-from tinygrad.uop.ops import KernelInfo, Ops, ProgramInfo
 
 from tokenizer import Tokenizer, parse_boxes
 
@@ -144,20 +137,24 @@ class RMSNorm:
     # 1 + weight: Gemma stores the distance from one, so that a weight of zero changes nothing.
     return x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt() * (1 + widen(self.weight))
 
+CHUNK = 512  # queries: 134 MB of float32 logits at 896 pixels (16 heads, 4096 keys)
+
 def attention(q, k, v, scale, mask=None, softcap=0.0):
   """q (B, H, T, d), k and v (B, K, C, d), mask (B, 1, 1, T or 1, C), True where a query may look -> (B, T, H * d).
   Query head h reads key/value head h // (H / K). Logits and softmax in float32: bfloat16 ones move the argmax."""
   B, H, T, d = q.shape
   K, C = k.shape[1:3]
-  logits = matmul(q.reshape(B, K, H // K * T, d), k, batched=True).reshape(B, K, H // K, T, C) * scale
-  if softcap:
-    logits = ((logits / softcap).tanh() * softcap).contiguous()  # before the mask: -inf would become -softcap
+  if T > CHUNK and not Tensor.training:  # a few queries at a time, or memory would grow with the square of the picture
+    parts = [(q[:, :, i:i + CHUNK], mask if mask is None or mask.shape[3] == 1 else mask[:, :, :, i:i + CHUNK])
+             for i in range(0, T, CHUNK)]
+    return Tensor.cat(*[attention(part, k, v, scale, seen, softcap) for part, seen in parts], dim=1)
+  logits = matmul(q.reshape(B, K, H // K * T, d), k, batched=True)  # (B, K, H / K * T, C)
+  if softcap:  # before the mask: -inf would become -softcap
+    logits, scale = ((logits * (scale / softcap)).tanh() * softcap).contiguous(), 1.0
   if mask is not None:
-    logits = mask.where(logits, -math.inf)
-  # softmax, with the sum divided out of the small product instead of the large weights. contiguous: fused into the
-  # product or the sum, every exponential would be computed again for each of their terms.
-  weights = (logits - logits.max(-1, keepdim=True).detach()).exp().contiguous().reshape(B, K, H // K * T, C)
-  out = matmul(weights, v, "nn", batched=True) / weights.sum(-1, keepdim=True)
+    logits = mask.expand(B, 1, H // K, T, C).reshape(B, 1, H // K * T, C).where(logits, -math.inf)
+  weights, total = softmax(logits, scale)
+  out = matmul(weights, v, "nn", batched=True) / total
   return out.reshape(B, H, T, d).transpose(1, 2).reshape(B, T, H * d)
 
 # ---- 4. SigLIP: patches to features ----
@@ -174,7 +171,7 @@ class MLP:
   def __init__(self, width, hidden):
     self.fc1, self.fc2 = Linear(width, hidden, bias=True), Linear(hidden, width, bias=True)
   def __call__(self, x):
-    return self.fc2(self.fc1(x).gelu().contiguous())  # gelu: the tanh form, as in Gemma
+    return self.fc2(gelu(self.fc1(x)))
 
 class EncoderLayer:
   def __init__(self, c):
@@ -230,7 +227,7 @@ class GemmaMLP:
   def __init__(self, width, hidden):
     self.gate_proj, self.up_proj, self.down_proj = Linear(width, hidden), Linear(width, hidden), Linear(hidden, width)
   def __call__(self, x):
-    return self.down_proj((self.gate_proj(x).gelu() * self.up_proj(x)).contiguous())
+    return self.down_proj(gelu(self.gate_proj(x), self.up_proj(x)))
 
 class Block:
   """Gemma 2 differs from Gemma in four things: each half of a block is also normalised on its way out, soft-caps on
@@ -291,6 +288,7 @@ class Cache:
     shape = (2, B, c.kv_heads, C, c.head_dim)
     self.layers = [Tensor.zeros(shape, device=device).contiguous().realize() for _ in range(c.layers)]
     self.rope = [Tensor(t, device=device).realize() for t in rope_table(c, np.arange(C))]
+    self.token = Tensor.zeros(B, dtype=dtypes.int32, device=device).contiguous().realize()  # the last one of each row
   def stores(self, start, length, seen):
     """For each layer a function that writes new k and v (B, K, length, d) into the slots from `start` and returns the
     first `seen` slots of all k and v."""
@@ -340,14 +338,21 @@ class VLM:
     self.max_context = min(max_context or config.max_context, config.max_context)
     self.bytes = sum(t.nbytes() for t in get_state_dict(net.language_model).values())  # what a decode step reads
     self.programs, self.caches, self.features, self.timings = {}, {}, {}, {}
-  def _run(self, key, function, *inputs):
+  def _run(self, key, cache, function, *inputs):
     # No function holds self: a garbage collection on one of tinygrad's threads would wait for itself for ever.
-    if key not in self.programs:
+    if key in self.programs:
+      return self.programs[key](*inputs)
+    buffers = get_state_dict(self.net) | get_state_dict(cache, "cache")
+    file = compiled.place(self.device, key, vars(self.config), PORTABLE, buffers)
+    self.programs[key] = compiled.read(file, buffers)  # what an earlier process has captured
+    if self.programs[key] is None:
       if key[0] != "decode":  # by then the answer has begun, on the line that this would clear
         status(f"compiling {key[0]} (the first time only)")
       self.programs[key] = TinyJit(function)
       self.programs[key].cnt = 1  # capture on the first call: the usual dry run would schedule everything twice
-    return self.programs[key](*inputs)
+    result = self.programs[key](*inputs)
+    compiled.write(file, self.programs[key], buffers)
+    return result
   def _tensor(self, array):
     return Tensor(array, device=self.device).realize()
   def _cache(self, B, C):
@@ -359,7 +364,7 @@ class VLM:
     def run(pixels):
       features = net.vision_tower(pixels).contiguous()
       return features, net.multi_modal_projector.linear(features).contiguous()  # used as it is: no scaling
-    return [t.clone().realize() for t in self._run(("vision",), run, self._tensor(pixels))]
+    return [t.clone().realize() for t in self._run(("vision",), None, run, self._tensor(pixels))]
 
   def image_features(self, image):
     """-> projected features (1, P, D), kept for the last few pictures: a second question costs no vision."""
@@ -383,10 +388,11 @@ class VLM:
     cos, sin = rope_table(self.config, where[:, :n].clip(0).reshape(-1))
     seen = where[:, None, None, None, :n] >= 0
     inputs = ids.astype(np.int32), cos.reshape(B, 1, n, -1), sin.reshape(B, 1, n, -1), seen
-    return self._run(("prefill", B, n, C), run, image, *map(self._tensor, inputs))
+    return self._run(("prefill", B, n, C), cache, run, image, *map(self._tensor, inputs))
 
   def decode(self, token, position, where):
-    """token (B,) at slot `position`, where (B, C) -> next token (B,), its logits (B, V). One program for all slots."""
+    """token (B,) np.int32 at slot `position`, where (B, C) a Tensor -> next token (B,), its logits (B, V). One program
+    for all slots."""
     B, C = where.shape
     cache, gemma, window = self._cache(B, C), self.net.language_model, self.config.window
     def run(token, position, where):
@@ -396,7 +402,8 @@ class VLM:
       x = gemma(gemma.embed(token.reshape(B, 1)), cos, sin, (seen, near), cache.stores(position, 1, C))
       logits = gemma.logits(x[:, -1].contiguous()).contiguous()
       return choose(logits), logits
-    return self._run(("decode", B, C), run, token, UOp.variable("position", 0, C - 1).bind(position), where)
+    cache.token.uop.base.buffer.copyin(np.ascontiguousarray(token, np.int32).data)  # realising a new tensor would take 2 ms
+    return self._run(("decode", B, C), cache, run, cache.token, UOp.variable("position", 0, C - 1).bind(position), where)
 
   def _prefix(self, images, prompts, max_tokens):
     """-> next token (B,) and logits (B, V) after the prefix, where (B, C), the next slot."""
@@ -411,6 +418,7 @@ class VLM:
     C = min(-(-(P + T + max_tokens) // 256) * 256, self.max_context)  # in steps of 256: seldom another program
     start = time.perf_counter()
     image = Tensor.cat(*[Tensor.cat(*map(self.image_features, row), dim=1) for row in rows]).contiguous().realize()
+    Device[self.device].synchronize()  # else its time would be counted as the prefill's
     self.timings |= {"vision_s": time.perf_counter() - start, "decode_tok_s": None}
     ids = np.array([[0] * (T - len(prompt)) + prompt for prompt in prompts])
     where, start = layout([len(prompt) for prompt in prompts], P, T, C), time.perf_counter()
@@ -443,7 +451,7 @@ class VLM:
         return
       yield [None if end else id for end, id in zip(done, token.tolist())]
       if step < max_tokens:
-        token, logits = self.decode(self._tensor(token), position, where)
+        token, logits = self.decode(token, position, where)
         token, position = token.numpy(), position + 1
         self.timings["decode_tok_s"] = step / (time.perf_counter() - start)
 
@@ -466,18 +474,29 @@ class VLM:
 
 # ---- 9. Weights ----
 # bfloat16 has no fast arithmetic on a CPU: such weights stay the 16 bits that they are in the file, widened where used.
-TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
-MAPS = []  # a tensor over borrowed memory does not keep it alive
+# int8 and uint8 hold what quantize.py made of a weight; its scale lies beside it.
+TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I8": np.int8, "U8": np.uint8}
+
+class Packed:
+  """A weight (N, K) in few bits: int8 numbers (N, K) and a scale (N,) for each row, or uint8 (N, G * 16), two numbers
+  of 4 bits in each, the first in the lower half and all of them plus 8, and a scale (N, G) for each 32 of a row."""
+  def __init__(self, data, scale, K):
+    self.data, self.scale, self.shape, self.dtype = data, scale, (*data.shape[:-1], K), data.dtype
+  def __getitem__(self, ids):
+    return Packed(self.data[ids], self.scale[ids], self.shape[-1])
 
 def widen(t):
   """Any weight -> float32. uint16 holds the bits of bfloat16, which are the upper half of a float32."""
+  if isinstance(t, Packed) and t.dtype == dtypes.int8:
+    return t.data.float() * t.scale.unsqueeze(-1)
+  if isinstance(t, Packed):
+    numbers = (t.data & 15).stack(t.data >> 4, dim=-1).reshape(*t.scale.shape, 32).float() - 8
+    return (numbers * t.scale.unsqueeze(-1)).flatten(-2)[..., :t.shape[-1]]
   return (t.cast(dtypes.uint32) << 16).bitcast(dtypes.float32) if t.dtype == dtypes.uint16 else t.float()
 
 def round_to(value, dtype):
-  """A float -> the nearest value of the weights' type."""
-  if dtype == dtypes.uint16:
-    return float((np.float32(value).view(np.uint32) + 0x8000 & 0xFFFF0000).astype(np.uint32).view(np.float32))
-  return float(np.float16(value)) if dtype == dtypes.float16 else value
+  """A float -> the nearest value of the weights' type; int8 ones are multiples of float32."""
+  return truncate[{dtypes.uint16: dtypes.bfloat16, dtypes.int8: dtypes.float32}.get(dtype, dtype)](value)
 
 def canonical(name):
   """The name of a tensor in any of the published layouts -> its path in PaliGemma."""
@@ -497,7 +516,6 @@ def read_tensors(path):
     raise Fault(f"{path}: no such file; download the whole repository") from None
   except (SafetensorError, OSError, ValueError) as e:
     raise Fault(f"{path}: not a complete safetensors file ({e}); download it again") from None
-  MAPS.append(data)
   tensors, data = {}, np.asarray(data)[start:]
   for name, t in header.items():
     if name != "__metadata__" and not name.endswith((".position_ids", ".inv_freq")):  # constants, once saved
@@ -542,101 +560,55 @@ def check_names(expected, found):
 
 def to_tensor(name, array, device):
   """A weight on the device: on a CPU a view of the file, but for what tinygrad's own kernels want aligned."""
-  ours = array.ndim == 2 and "position_embedding" not in name and in_c(device)
+  ours = array.ndim == 2 and "position_embedding" not in name and compiled.in_c(device)
   if ours or device.startswith("CPU") and array.ctypes.data % 64 == 0:
-    dtype = {np.float32: dtypes.float32, np.float16: dtypes.float16, np.uint16: dtypes.uint16}[array.dtype.type]
-    return Tensor.from_blob(array.ctypes.data, array.shape, dtype=dtype, device=device)
+    return Tensor.from_blob(array.ctypes.data, array.shape, dtype=getattr(dtypes, array.dtype.name), device=device)
   return Tensor(array, device=device).realize()
 
-def prepare_cpu():
-  """tinygrad's CPU device calls clang. Without one: zig's (from PyPI), then libLLVM, then its own, slow, assembler."""
-  if "CC" in os.environ or DEV.renderer or shutil.which("clang"):
-    return
-  try:
-    import ziglang
-    wrapper = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vlm" / "zig-clang"
-    text = f"#!/bin/sh\nexec '{Path(ziglang.__file__).parent / 'zig'}' clang \"$@\"\n"
-    if not wrapper.exists() or wrapper.read_text() != text:
-      wrapper.parent.mkdir(parents=True, exist_ok=True)
-      wrapper.write_text(text)
-      wrapper.chmod(0o755)
-    os.environ["CC"] = str(wrapper)
-  except (ImportError, OSError):
-    found = any(ctypes.util.find_library(f"LLVM{v}") for v in ("", *(f"-{n}" for n in range(15, 22))))
-    DEV.value = "CPU:LLVM" if found else "CPU:X86"
-    print("no C compiler, so answers come slowly; `pip install ziglang`, or install clang", file=sys.stderr)
-
-def open_device(name=None):
-  """A tinygrad device name, None for the best there is -> its full name, ready for use. Raises Fault."""
-  try:
-    name = Device.canonicalize(name)
-    if name.startswith("CPU"):
-      prepare_cpu()
-    if isinstance(Device[name].renderer, LLVMRenderer) and hasattr(llvm.dll, "LLVMContextSetOpaquePointers"):
-      llvm.dll.LLVMContextSetOpaquePointers(Device[name].compiler.context, 1)  # LLVM 15 must be told; newer ones know
-    return name
-  except Exception as e:  # whatever a driver that is not there raises
-    raise Fault(f"device {name or DEV.device} cannot be used here ({e}); leave out --device and DEV") from None
-
-def load(folder, device=None, max_context=None):
-  """A PaliGemma folder (config.json, *.safetensors, tokenizer.model) -> VLM. Raises Fault."""
+def load(folder, device=None, max_context=None, bits=None):
+  """A PaliGemma folder (config.json, *.safetensors, tokenizer.model) -> VLM. bits: "int8" or "int4" to quantise its
+  weights. Raises Fault."""
   start, folder = time.perf_counter(), Path(folder)
   config = read_config(folder / "config.json")
   try:
     tokenizer = Tokenizer(folder / "tokenizer.model")
   except (OSError, ValueError) as e:
     raise Fault(f"{folder}: {e}") from None
-  device = open_device(device)
+  device = compiled.open_device(device)
   net, arrays = PaliGemma(config), read_weights(folder)
   places = get_state_dict(net)
   shapes = {n: t.shape for n, t in places.items()}  # in files the patch embedding is a convolution: see SigLIP
   shapes["vision_tower.embeddings.patch_embedding.weight"] = config.vision_width, 3, *[config.patch_size] * 2
-  check_names(shapes, {n: a.shape for n, a in arrays.items()})
+  quantize.pack(arrays, bits)
+  check_names(quantize.stored_shapes(shapes, arrays), {n: a.shape for n, a in arrays.items()})
   for name, place in places.items():
-    place.replace(to_tensor(name, arrays[name].reshape(place.shape), device))
+    if name + "_scale" in arrays:
+      data, scale = (to_tensor(n, arrays[n], device) for n in (name, name + "_scale"))
+      *path, leaf = name.split(".")
+      owner = functools.reduce(lambda o, part: o[int(part)] if part.isdigit() else getattr(o, part), path, net)
+      setattr(owner, leaf, Packed(data, scale.float().realize(), place.shape[-1]))
+    else:
+      place.replace(to_tensor(name, arrays[name].reshape(place.shape), device))
   model = VLM(net, config, tokenizer, device, max_context)
+  model.arrays = arrays  # a tensor over borrowed memory does not keep it alive
   model.timings["load_s"] = time.perf_counter() - start
   return model
 
 # ---- 10. Kernels ----
 # On a CPU, tinygrad's own matmul reaches 46 GFLOPS in float32 and 3 in bfloat16 (two Zen 4 cores). The C in
-# examples/matmul.c works on the weights as they lie in the file, in bfloat16 at 80 to 89 % of the peak that a busy
+# examples/kernels.c works on the weights as they lie in the file, in bfloat16 at 80 to 89 % of the peak that a busy
 # machine had in the same run (two Zen 5 cores, 264 rows), and for one row at 91 to 96 % of the memory's speed. Other
 # devices multiply the ordinary way.
 PORTABLE = False  # True, in tests: without AVX512-BF16 instructions, as on other CPUs
-FORMATS = {dtypes.float32: 32, dtypes.float16: 16, dtypes.uint16: 16}  # bits a number
+FORMATS = {dtypes.float32: 32, dtypes.float16: 16, dtypes.uint16: 16, dtypes.int8: 8, dtypes.uint8: 4}  # bits
 
-@functools.cache
-def c_source():
-  """The text of matmul.c; "" where the CPU device compiles no C: DEV=CPU:LLVM, DEV=CPU:X86, or no compiler."""
-  c = isinstance(Device["CPU"].renderer, ClangRenderer) and shutil.which(os.getenv("CC", "clang"))
-  return Path(__file__).with_name("examples").joinpath("matmul.c").read_text() if c else ""
-
-def in_c(device):
-  return device.startswith("CPU") and c_source() != ""
-
-def cpu_kernel(name, defines, outs, srcs, work, backward=None):
-  """Run `kernel` of matmul.c, {parameter: tensor} outs and srcs, work multiply-adds -> the first of outs."""
-  cores = CPU_COUNT.value if work > 1 << 20 else 1  # a second core costs 20 us a kernel: Python's queues
-  types = {"x": "const float", "ids": "const int", "b": "const char", "scratch": "int"}
-  args = "".join(f"{types[name]} *restrict {name}, " for name in [*list(outs)[1:], *srcs])
-  defines = {"ARGS": args, "CORES": cores, "ROUNDED": 0, "FLOAT16": 0, "FEW": 8} | defines
-  source = "".join(f"#define {k} {v}\n" for k, v in defines.items()) + c_source()
-  def program(*bufs):
-    core_id = UOp.variable("core_id", 0, cores - 1, dtypes.int)  # one call for each value, in parallel
-    size = sum(t.nbytes() for t in [*outs.values(), *srcs.values()])
-    sink = UOp.sink(*bufs, core_id, arg=KernelInfo(name=name, estimates=Estimates(2 * work, size, size)))
-    ids = tuple(range(len(bufs)))
-    info = ProgramInfo(name, (cores, 1, 1), None, (core_id,), ids, ids[:len(outs)], ids[len(outs):])
-    parts = UOp(Ops.DEVICE, arg="CPU"), UOp(Ops.LINEAR, src=(*sink.src, sink)), UOp(Ops.SOURCE, arg=source)
-    return UOp(Ops.PROGRAM, src=(sink, *parts), arg=info)
-  first, *rest = outs.values()
-  return first.custom_kernel(*rest, *srcs.values(), fxn=program, grad_fxn=backward)[0]
+def stored(b):
+  return {"b": b.data, "scale": b.scale} if isinstance(b, Packed) else {"b": b}
 
 def matmul(a, b, kind="nt", batched=False):
   """a @ b.T ("nt": a Linear), a @ b ("nn") or a.T @ b ("tn") of the last two dimensions; leading ones are a batch, or
   more rows. A float32 b is exact and has a gradient; others round a to bfloat16 where the CPU multiplies that."""
-  if not in_c(a.device):
+  if not compiled.in_c(a.device):
     if kind == "tn" and not batched:
       a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
     b = widen(b)
@@ -646,32 +618,53 @@ def matmul(a, b, kind="nt", batched=False):
   (I, K), J = (cols, rows) if kind == "tn" else (rows, cols), b.shape[-2 if kind == "nt" else -1]
   bits = FORMATS[b.dtype]
   out = Tensor.invalids(*((*lead, I, J) if kind == "tn" else (*a.shape[:-1], J)), dtype=dtypes.float32, device=a.device)
-  outs, rounded = {"out": out}, b.dtype == dtypes.uint16 and not PORTABLE
+  outs, rounded = {"out": out}, b.dtype in (dtypes.uint16, dtypes.int8, dtypes.uint8) and not PORTABLE
   if rounded:  # a in bfloat16, once for each core
     shape = CPU_COUNT.value, I, -(-K // 32) * 16 + 16
     outs["scratch"] = Tensor.invalids(*shape, dtype=dtypes.int32, device=a.device)
   defines = {"BATCH": Z, "I": I, "J": J, "K": K, "A_T": int(kind == "tn"), "B_T": int(kind == "nt"), "BITS": bits,
-             "FLOAT16": int(b.dtype == dtypes.float16), "ROUNDED": int(rounded)}
-  if kind != "nt" or Z > 1:
-    defines["FEW"] = 0
+             "FLOAT16": int(b.dtype == dtypes.float16), "ROUNDED": int(rounded), "FEW": 8 * (kind == "nt" and Z <= 1)}
   def backward(grad, call):
-    d, a, b = Tensor(grad), *map(Tensor, call.src[1 + len(outs):])
+    d, a, b, *scale = Tensor(grad), *map(Tensor, call.src[1 + len(outs):])
     if bits < 32:  # a frozen weight passes the gradient on
-      return *[None] * len(outs), matmul(d, widen(b), "nn").uop, None
+      weight = widen(Packed(b, *scale, K) if scale else b)
+      return *[None] * len(outs), matmul(d, weight, "nn").uop, *[None] * (1 + len(scale))
     ways = {"nt": ((d, b, "nn"), (d, a, "tn")), "nn": ((d, b, "nt"), (a, d, "tn")), "tn": ((b, d, "nt"), (a, d, "nn"))}
     return None, *(matmul(*way, batched).uop for way in ways[kind])
   name = f"matmul_{kind}_{b.dtype.name}_{Z}_{I}_{J}_{K}"
-  return cpu_kernel(name, defines, outs, {"x": a, "b": b}, Z * I * J * K, backward)
+  return compiled.c_kernel(name, defines, outs, {"x": a, **stored(b)}, Z * I * J * K, backward)
 
 def rows(w, ids):
   """Rows ids (B, T) of w (V, D) -> (B, T, D) float32."""
-  if not in_c(w.device):
+  if not compiled.in_c(ids.device):
     return widen(w[ids])
   I, K = ids.numel(), w.shape[1]
   defines = {"ROWS": 1, "I": I, "J": 1, "K": K, "BITS": FORMATS[w.dtype], "FLOAT16": int(w.dtype == dtypes.float16),
              "BATCH": 1, "A_T": 0, "B_T": 1}
-  outs = {"out": Tensor.invalids(*ids.shape, K, dtype=dtypes.float32, device=w.device)}
-  return cpu_kernel(f"rows_{w.dtype.name}_{I}_{K}", defines, outs, {"ids": ids, "b": w}, I * K)
+  outs = {"out": Tensor.invalids(*ids.shape, K, dtype=dtypes.float32, device=ids.device)}
+  return compiled.c_kernel(f"rows_{w.dtype.name}_{I}_{K}", defines, outs, {"ids": ids, **stored(w)}, I * K)
+
+def by_row(name, srcs, **defines):
+  """A kernel from each row of x (.., K) to a row of the result, which may not be differentiated."""
+  x, I, K = srcs["x"], math.prod(srcs["x"].shape[:-1]), srcs["x"].shape[-1]
+  out = Tensor.invalids(*x.shape, dtype=dtypes.float32, device=x.device)
+  return compiled.c_kernel(f"{name}_{I}_{K}", {"I": I, "K": K, "BITS": 32, **defines}, {"out": out}, srcs, 16 * I * K)
+
+def softmax(x, scale):
+  """softmax(x * scale) of the last dimension, (.., C), as weights to be divided by a total (.., 1): after a product with
+  them that is less to divide."""
+  if compiled.in_c(x.device) and not Tensor.training:
+    return by_row("softmax", {"x": x}, SOFTMAX=1, SCALE=scale), Tensor.ones(*x.shape[:-1], 1, device=x.device)
+  # contiguous: fused into the product or the sum, every exponential would be computed again for each of their terms
+  weights = ((x - x.max(-1, keepdim=True).detach()) * scale).exp().contiguous()
+  return weights, weights.sum(-1, keepdim=True)
+
+def gelu(x, times=None):
+  """GELU in the form with tanh, times another tensor of its shape."""
+  if compiled.in_c(x.device) and not Tensor.training:
+    srcs = {"x": x} if times is None else {"x": x, "b": times}
+    return by_row("gelu", srcs, GELU=len(srcs))
+  return (x.gelu() if times is None else x.gelu() * times).contiguous()
 
 # ---- 11. Command line ----
 def default_weights():
@@ -756,6 +749,7 @@ def main(argv=None):
   p.add_argument("--seed", type=int, metavar="S", help="repeat a sample")
   p.add_argument("--out", metavar="FILE", help="where boxes are drawn (default: IMAGE.boxes.png in this folder)")
   p.add_argument("--json", action="store_true", help="one JSON object instead of text")
+  p.add_argument("--quantize", choices=quantize.BITS, help="weights in 8 or 4 bits; --save keeps them as a folder")
   p.add_argument("--device", metavar="DEV", help="METAL, CUDA, CPU, ... (default: the best there is, or $DEV)")
   p.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
   train.add_arguments(p)
@@ -777,7 +771,10 @@ def main(argv=None):
       draw.check_output(args.out, images)
     folder = args.weights or default_weights()
     status(f"loading {folder}")
-    model = load(folder)
+    model = load(folder, bits=args.quantize)
+    if args.save:
+      quantize.save(model, folder, args.save, args.quantize)
+      say(args, f"{args.quantize} weights saved: {args.save}")
     if model.config.note:
       say(args, model.config.note)
     if not prompt and len(args.inputs) == 1:
@@ -793,7 +790,9 @@ def main(argv=None):
 # The programs in examples/ build on this file, so they come last; what they import as vlm is this, not a second copy.
 sys.modules["vlm"] = sys.modules[__name__]
 sys.path.append(str(Path(__file__).with_name("examples")))
+import compiled  # noqa: E402
 import draw  # noqa: E402
+import quantize  # noqa: E402
 import train  # noqa: E402
 
 if __name__ == "__main__":

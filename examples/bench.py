@@ -1,23 +1,340 @@
-"""Measurements and checks at full size. They need memory and minutes, so they are not in the tests.
+"""Measurements at full size. They need memory and minutes, so they are not in the tests.
 
-    python examples/bench.py --check DIR --python REFERENCE      top-1 of the prefix logits, ours and transformers'
+    python examples/bench.py DIR                                    speed, memory, and what the machine could do
+    python examples/bench.py DIR --vs transformers --python REF     the same beside transformers, as ratios
+    python examples/bench.py DIR --check --python REF               top-1 of the prefix logits, ours and transformers'
+    python examples/bench.py DIR --quantized                        int8 and int4: speed, and agreement with DIR itself
+    python examples/bench.py DIR --sides 224 448 896                seconds and memory of larger pictures
+    python examples/bench.py --train                                the toy's training step, and where its time goes
 
-REFERENCE is a Python with torch and transformers, in an environment of its own (see .ci/run).
+REF is a Python with torch and transformers, in an environment of its own (see .ci/run). Every figure is the median of
+--repeat processes, ours and theirs by turns, with the machine's own limits measured between them.
 """
 import argparse
+import contextlib
+import json
+import os
+import re
+import resource
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
-import golden
-import vlm
-
+TOKENS, TEXT = 21, [2, 10, 20, 30, 108]  # tokens to answer, ids of the prompt: 5, as of "caption en"
 PROMPTS = ["caption en", "detect cat ; dog", "answer en what color is the square?", "describe en"]
+
+
+# ---- 1. One process of ours, one of transformers ----
+# Each starts cold, answers with 21 tokens, and then repeats vision, prefill and decode. Prints one line of JSON.
+
+def pixels(side):
+  return np.random.default_rng(0).uniform(-1, 1, (1, 3, side, side)).astype(np.float32)
+
+
+@contextlib.contextmanager
+def resized(side):
+  """Checkpoints differ in the picture's side by their position embedding alone: load one as if it were of `side`."""
+  import vlm
+  read_config, read_weights = vlm.read_config, vlm.read_weights
+
+  def config(path):
+    c = read_config(path)
+    c.image_size, c.patches = side or c.image_size, ((side or c.image_size) // c.patch_size) ** 2
+    return c
+
+  def weights(folder):
+    name, arrays = "vision_tower.embeddings.position_embedding.weight", read_weights(folder)
+    arrays[name] = np.resize(arrays[name], (config(folder / "config.json").patches, arrays[name].shape[1]))
+    return arrays
+  vlm.read_config, vlm.read_weights = config, weights
+  yield
+  vlm.read_config, vlm.read_weights = read_config, read_weights
+
+
+def ours(folder, born, steady, bits=None, side=None):
+  import vlm
+  with resized(side):
+    model = vlm.load(folder, bits=bits or None)
+  P, image = model.config.patches, pixels(model.config.image_size)
+  C, where = 256 * -(-(P + 8 + TOKENS) // 256), None
+  where = vlm.layout([len(TEXT)], P, 8, C)
+  ids = np.array([[0] * (8 - len(TEXT)) + TEXT])
+  slots = model._tensor(where)
+  marks, result = [], {"load": time.time() - born}
+
+  def vision():
+    features = model.vision(image)[1]
+    features.numpy()
+    return features
+
+  def prefill(features):
+    return model.prefill(features, ids, where)[0].numpy()
+
+  def decode(token, count):
+    for i in range(count):
+      token = model.decode(token, P + 8 + i, slots)[0].numpy()
+      marks.append(time.time())
+    return token
+  token = prefill(features := vision())
+  result["first"] = time.time() - born
+  decode(token, TOKENS - 1)
+  result["last"] = time.time() - born
+  times = {"vision": [], "prefill": [], "decode": []}
+  for _ in range(steady):
+    for name, work in (("vision", vision), ("prefill", lambda: prefill(features)), ("decode", lambda: decode(token, 5))):
+      start = time.perf_counter()
+      work()
+      times[name].append((time.perf_counter() - start) / (5 if name == "decode" else 1))
+  result |= {name: statistics.median(t) for name, t in times.items() if t}
+  result |= {"bytes": model.bytes, "third": marks[1] - marks[0]}
+  if bits is not None:  # the choice after prefixes of random text
+    rng = np.random.default_rng(1)
+    texts = [np.array([[0] * 3 + [2, *rng.integers(1000, 200000, 3), 108]]) for _ in range(64)]
+    result["choices"] = [int(model.prefill(features, text, where)[0].numpy()[0]) for text in texts]
+  return result
+
+
+THEIRS = """
+import json, resource, statistics, sys, time
+folder, born, steady, threads, tokens, text, pixels = sys.argv[1], *map(json.loads, sys.argv[2:7]), sys.argv[7]
+import numpy as np, torch
+from transformers import PaliGemmaForConditionalGeneration
+torch.set_num_threads(threads)
+torch.set_grad_enabled(False)
+model = PaliGemmaForConditionalGeneration.from_pretrained(folder, dtype="auto").eval()
+result = {"load": time.time() - born}
+image = torch.tensor(np.load(pixels)).to(model.dtype)
+patches = (model.config.vision_config.image_size // model.config.vision_config.patch_size) ** 2
+ids = torch.tensor([[model.config.image_token_id] * patches + text])
+
+def prefill():
+  return model(input_ids=ids, pixel_values=image, token_type_ids=torch.zeros_like(ids),
+               attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1)
+
+def decode(out, seen, count):
+  for _ in range(count):
+    seen += 1
+    out = model(input_ids=out.logits[:, -1].argmax(-1, keepdim=True), past_key_values=out.past_key_values,
+                token_type_ids=torch.ones(1, 1, dtype=torch.long),
+                attention_mask=torch.ones(1, seen, dtype=torch.long), use_cache=True)
+    out.logits.argmax().item()
+
+def timed(work):
+  start = time.perf_counter()
+  work()
+  return time.perf_counter() - start
+
+out = prefill()
+out.logits.argmax().item()
+result["first"] = time.time() - born
+decode(out, ids.shape[1], tokens - 1)
+result["last"] = time.time() - born
+vision, both, each = [], [], []
+for _ in range(steady):
+  vision.append(timed(lambda: model.get_image_features(image)))
+  both.append(timed(prefill))
+  out = prefill()
+  each.append(timed(lambda: decode(out, ids.shape[1], 5)) / 5)
+result["vision"] = statistics.median(vision)
+result["prefill"] = statistics.median(both) - result["vision"]
+result["decode"] = statistics.median(each)
+result["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+print(json.dumps(result))
+"""
+
+
+def run(command):
+  """A process that prints JSON last -> that."""
+  done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+  if done.returncode:
+    sys.exit(f"bench: this failed: {' '.join(command[:4])} ...")
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_ours(folder, steady, bits=None, side=0):
+  return run([sys.executable, __file__, folder, "--worker", json.dumps([time.time(), steady, bits, side])])
+
+
+# ---- 2. The machine's limits ----
+
+VECTORS = "typedef float vec __attribute__((vector_size(64), aligned(4)));\n"
+PEAK = """
+void kernel(float *restrict out, ARGS const int core_id) {
+  vec s[24], a = *(vec *)x, b = *(vec *)(x + 16);
+  _Pragma("clang loop unroll(full)") for (int i = 0; i < 24; i++) s[i] = (vec){0};
+  for (int n = 0; n < 400000; n++)
+    _Pragma("clang loop unroll(full)") for (int i = 0; i < 24; i++) { s[i] = STEP; __asm__ volatile("" : "+v"(s[i])); }
+  _Pragma("clang loop unroll(full)") for (int i = 1; i < 24; i++) s[0] += s[i];
+  *(vec *)(out + 16 * core_id) = s[0];
+}"""
+READ = """
+void kernel(float *restrict out, ARGS const int core_id) {
+  vec s[8] = {{0}};
+  const float *p = x + SIZE * core_id;
+  for (long n = 0; n < SIZE; n += 128)
+    _Pragma("clang loop unroll(full)") for (int i = 0; i < 8; i++) s[i] += *(vec *)(p + n + 16 * i);
+  _Pragma("clang loop unroll(full)") for (int i = 1; i < 8; i++) s[0] += s[i];
+  *(vec *)(out + 16 * core_id) = s[0];
+}"""
+FLOATS = 1 << 25  # 128 MB a core: beyond every cache
+
+
+def limits():
+  """-> multiply-adds a second in bfloat16 (float32 where the processor has no such instructions), bytes read a second,
+  by all cores; the best of five runs each."""
+  from tinygrad import Device, Tensor, TinyJit, dtypes
+  from tinygrad.helpers import CPU_COUNT
+  import vlm
+  device, cores = vlm.compiled.open_device("CPU"), CPU_COUNT.value
+  pairs = "avx512_bf16" in "".join(vlm.compiled.processor())
+  step = "(vec)__builtin_ia32_dpbf16ps_512(s[i], (pairs)a, (pairs)b)" if pairs else "s[i] + a * b"
+  types = VECTORS + "typedef __bf16 pairs __attribute__((vector_size(64)));\n" * pairs
+  source = Tensor.ones(FLOATS * cores, device=device).contiguous().realize()
+
+  def rate(code, work):
+    def call(x):
+      out = Tensor.invalids(16 * cores, dtype=dtypes.float32, device=device)
+      return vlm.compiled.c_kernel("limit", {}, {"out": out}, {"x": x}, work * cores, code=types + code).realize()
+    jit, times = TinyJit(call), []
+    for _ in range(8):
+      Device[device].synchronize()
+      start = time.perf_counter()
+      jit(source)
+      Device[device].synchronize()
+      times.append(time.perf_counter() - start)
+    return work * cores / min(times[3:])
+  return (rate(PEAK.replace("STEP", step), 400000 * 24 * (32 if pairs else 16)),
+          rate(READ.replace("SIZE", str(FLOATS)), 4 * FLOATS))
+
+
+def arithmetic(config, text):
+  """Multiply-adds of vision and prefill, with those of attention."""
+  c, P = config, config.patches
+  vision = c.vision_layers * (4 * c.vision_width ** 2 + 2 * c.vision_width * c.vision_mlp + 2 * P * c.vision_width)
+  n, wide = P + text, c.heads * c.head_dim
+  layer = c.width * (2 * wide + 2 * c.kv_heads * c.head_dim) + 3 * c.width * c.mlp + 2 * n * wide
+  return P * (vision + 3 * c.patch_size ** 2 * c.vision_width), P * c.vision_width * c.width + n * c.layers * layer
+
+
+# ---- 3. Tables ----
+
+ROWS = {"load": "load", "vision": "vision, steady", "prefill": "prefill, steady", "both": "vision + prefill, steady",
+        "decode": "decode, a token", "first": "fresh process to token 1", "last": f"fresh process to token {TOKENS}",
+        "memory": "peak memory, GB"}
+
+
+def median(runs, key):
+  return statistics.median(run[key] for run in runs)
+
+
+def compare(folder, python, repeat):
+  """The table of README.md."""
+  import vlm
+  config, text = vlm.read_config(Path(folder) / "config.json"), len(TEXT)
+  first, sides, ceilings = run_ours(folder, 0), {"ours": [], "transformers": []}, []  # the first may have to compile
+  with tempfile.TemporaryDirectory() as tmp:
+    np.save(image := f"{tmp}/pixels.npy", pixels(config.image_size))
+    for i in range(repeat):
+      print(f"round {i + 1} of {repeat}", file=sys.stderr, flush=True)
+      ceilings.append(limits())
+      sides["ours"].append(run_ours(folder, 3))
+      if python:
+        job = [folder, time.time(), 3, os.cpu_count(), TOKENS, json.dumps(TEXT), image]
+        sides["transformers"].append(run([python, "-c", THEIRS, *map(str, job)]))
+  for result in sum(sides.values(), []):
+    result["both"] = result["vision"] + result["prefill"]
+  peak, read = (statistics.median(c[i] for c in ceilings) for i in (0, 1))
+  vision, prefill = arithmetic(config, text)
+  work = {"vision": vision, "prefill": prefill, "both": vision + prefill}
+  print(f"| {Path(folder).name}, seconds | ours | transformers | ours / theirs | ours, of this machine's limit |")
+  print("|---|---|---|---|---|")
+  for key, title in ROWS.items():
+    a, note = median(sides["ours"], key), ""
+    if key in work:
+      note = f"{2e-9 * work[key] / a:.0f} of {2e-9 * peak:.0f} GFLOPS"
+    elif key == "decode":
+      note = f"{sides['ours'][0]['bytes'] / a * 1e-9:.1f} of {read * 1e-9:.1f} GB/s"
+    theirs = f"{(b := median(sides['transformers'], key)):.3f} | {a / b:.2f}" if python else "- | -"
+    print(f"| {title} | {a:.3f} | {theirs} | {note} |")
+  print(f"\nlimits in each round: {', '.join(f'{2e-9 * p:.0f} GFLOPS {r * 1e-9:.1f} GB/s' for p, r in ceilings)}; "
+        f"third token of a fresh process: {median(sides['ours'], 'third'):.3f} s; first run of all (compiles what was "
+        f"not compiled before): {first['first']:.1f} s to token 1")
+
+
+def quantized(folder, repeat):
+  """Speed of the quantised weights beside the checkpoint's own, and how often they choose the same token."""
+  runs = {bits: [run_ours(folder, 3, bits) for _ in range(repeat)] for bits in ("", "int8", "int4")}
+  print("| weights | load | prefill, s | decode, ms | GB read a token | same first token as the checkpoint, of 64 |")
+  print("|---|---|---|---|---|---|")
+  for bits, results in runs.items():
+    same = sum(a == b for a, b in zip(results[0]["choices"], runs[""][0]["choices"]))
+    print(f"| {bits or 'as they are'} | {median(results, 'load'):.1f} | {median(results, 'prefill'):.2f} | "
+          f"{median(results, 'decode') * 1e3:.0f} | {results[0]['bytes'] / 1e9:.2f} | {same} |")
+
+
+def sides(folder, wanted):
+  import vlm
+  config = vlm.read_config(Path(folder) / "config.json")
+  print("| picture | image tokens | vision, s | prefill, s | GFLOPS | peak memory, GB |\n|---|---|---|---|---|---|")
+  for side in wanted:
+    run_ours(folder, 0, side=side)  # compiles
+    result = run_ours(folder, 1, side=side)
+    config.patches = (side // config.patch_size) ** 2
+    rate = 2e-9 * sum(arithmetic(config, len(TEXT))) / (result["vision"] + result["prefill"])
+    print(f"| {side} | {config.patches} | {result['vision']:.2f} | {result['prefill']:.2f} | {rate:.0f} | "
+          f"{result['memory']:.2f} |", flush=True)
+
+
+def training():
+  """The toy's training step, by kernel: JIT=2 runs and times them one by one."""
+  code = """
+import argparse, sys, tempfile, time
+import train
+from tinygrad.helpers import Context
+parser = argparse.ArgumentParser()
+train.add_arguments(parser)
+with tempfile.TemporaryDirectory() as folder:
+  args = parser.parse_args(["--train", "--save", folder])
+  args.quiet = True
+  run = train.Run(args)
+  batch = run.trainer.batch(*run.data.batch(0), run.data.text)
+  times = []
+  for _ in range(20):
+    start = time.perf_counter()
+    run.trainer.step(batch, 1e-3)
+    times.append(time.perf_counter() - start)
+  print("step", sorted(times[2:])[9], args.batch, flush=True)
+  with Context(DEBUG=2):
+    run.trainer.step(batch, 1e-3)
+"""
+  output = {}
+  for jit in ("1", "2"):  # together, as they run; and one by one
+    path = os.pathsep.join([str(ROOT), str(ROOT / "examples")])
+    output[jit] = subprocess.run([sys.executable, "-c", code], env=os.environ | {"JIT": jit, "PYTHONPATH": path},
+                                 capture_output=True, text=True, check=True).stdout
+  step, batch = map(float, re.search(r"step (\S+) (\S+)", output["1"]).groups())
+  kinds = {"matmul": 0, "reductions": 0, "elementwise": 0}
+  kernels = {}
+  for line in re.sub(r"\x1b\[[0-9;]*m", "", output["2"]).splitlines():
+    if found := re.search(r"^\*\*\* CPU\s+\d+\s+(\S+).* tm\s+([0-9.]+)(us|ms)/", line):
+      name, took = found[1], float(found[2]) * (1 if found[3] == "ms" else 1e-3)
+      kinds["matmul" if "matmul" in name else "reductions" if name.startswith("r_") else "elementwise"] += took
+      kernels[name] = kernels.get(name, 0) + took
+  total = sum(kinds.values())
+  print(f"{batch:.0f} questions a step, {step * 1e3:.0f} ms a step, {batch / step:.0f} questions/s; of the kernels' time "
+        + ", ".join(f"{name} {took / total:.0%}" for name, took in kinds.items()))
+  worst = max((k for k in kernels if "matmul" not in k), key=kernels.get)
+  print(f"the largest that is no matmul: {worst}, {kernels[worst] / total:.0%}")
+
+
+# ---- 4. The same choices as transformers ----
 
 REFERENCE = """
 import json, sys
@@ -36,18 +353,21 @@ for i in range(int(job["count"])):
 np.save(out, np.stack(logits))
 """
 
+
 def check(folder, python):
   """Compare the prefix logits of a few prompts with transformers' in the checkpoint's own number type -> agreement."""
+  import golden
+  import vlm
   model, agree = vlm.load(folder), []
-  pixels = golden.pixels(model.config.image_size, 1)
-  ours = np.stack([model.logits(pixels[0], prompt) for prompt in PROMPTS])
+  image = golden.pixels(model.config.image_size, 1)
+  ours = np.stack([model.logits(image[0], prompt) for prompt in PROMPTS])
   print(f"ours: {model.timings['load_s']:.2f} s load, {model.timings['prefill_s']:.2f} s last prefill", flush=True)
   ids = {f"ids{i}": np.array(model.tokenizer.prompt(prompt)) for i, prompt in enumerate(PROMPTS)}
   patches = model.config.patches
   del model  # two full-size models do not fit the memory of a small machine
   with tempfile.TemporaryDirectory() as tmp:
     job, out = Path(tmp) / "job.npz", Path(tmp) / "out.npy"
-    np.savez(job, pixels=pixels, patches=patches, count=len(PROMPTS), **ids)
+    np.savez(job, pixels=image, patches=patches, count=len(PROMPTS), **ids)
     subprocess.run([python, "-c", REFERENCE, folder, job, out], check=True)
     theirs = np.load(out)
   print(f"{'prompt':40}{'ours':>8}{'theirs':>8}{'error / std':>13}{'their margin / std':>20}")
@@ -58,13 +378,42 @@ def check(folder, python):
     print(f"{prompt:40}{a.argmax():8}{b.argmax():8}{error:13.4f}{margin:20.4f}")
   return all(agree)
 
-if __name__ == "__main__":
+
+def main():
   p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  p.add_argument("folder", metavar="DIR")
-  p.add_argument("--check", action="store_true", required=True)
-  p.add_argument("--python", required=True, metavar="REFERENCE")
+  p.add_argument("folder", metavar="DIR", nargs="?")
+  p.add_argument("--vs", choices=["transformers"])
+  p.add_argument("--python", metavar="REF")
+  p.add_argument("--repeat", type=int, default=3, metavar="N")
+  for flag in ("--check", "--quantized", "--train"):
+    p.add_argument(flag, action="store_true")
+  p.add_argument("--sides", type=int, nargs="+", metavar="S")
+  p.add_argument("--worker", help=argparse.SUPPRESS)
   args = p.parse_args()
+  if not args.folder and not args.train:
+    p.error("which checkpoint? give its folder")
+  if (args.vs or args.check) and not args.python:
+    p.error("--python: a Python with torch and transformers")
+  if args.worker:
+    result = ours(args.folder, *json.loads(args.worker))
+    print(json.dumps(result | {"memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}))
+  elif args.train:
+    training()
+  elif args.check:
+    return 0 if check(args.folder, args.python) else 1
+  elif args.quantized:
+    quantized(args.folder, args.repeat)
+  elif args.sides:
+    sides(args.folder, args.sides)
+  else:
+    compare(args.folder, args.python if args.vs else None, args.repeat)
+  return 0
+
+
+if __name__ == "__main__":
+  sys.path.insert(0, str(ROOT))
+  import vlm
   try:
-    sys.exit(0 if check(args.folder, args.python) else 1)
+    sys.exit(main())
   except vlm.Fault as e:
     sys.exit(f"bench: {e}")

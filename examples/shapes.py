@@ -26,13 +26,12 @@ TILT = {"circle": 0, "square": .3, "triangle": .5, "star": .6}    # radians to e
 NAMES = [f"{color} {shape}" for color in COLORS for shape in CORNERS]
 SIDES = ("left of", "right of", "above", "below")
 COUNTS = (.15, .35, .25, .25)  # shares of scenes with one, two, three and four objects
+SIZES = ((.45, .90), (.30, .65), (.25, .55), (.25, .50))  # of objects, in shorter sides of the picture, by their count
 GAP = .06                      # least distance of two centres in x, in widths: left to right is never a tie
 CLEAR, NEAR = 1.4, .10         # see sides()
 SHARED = .20                   # a shape has at most this much of its area in common with others
 ABSENT = .15                   # how often an entry of a detect prompt is not in the picture
-# Weights of the kinds of question. 12 % of the scenes have no colour to ask for and 40 % no relation, so that .12 and
-# .40 come out as 10 and 20 % of all questions.
-MIX = {"caption": .25, "detect": .35, "how many": .10, "color": .12, "relation": .40}
+MIX = {"caption": .35, "detect": .35, "how many": .06, "color": .10, "relation": .36}
 BATCH, MAX_TOKENS = 25, 40     # of --eval, constant so that a model compiles once; four boxes are 27 tokens
 
 
@@ -67,10 +66,10 @@ def mask(obj):
   return np.asarray(obj.coverage) > 127
 
 
-def place(rng, color, shape, width, height):
-  """An Object of random size, tilt and position inside the picture."""
+def place(rng, color, shape, width, height, smallest, largest):
+  """An Object of random size, tilt and position inside the picture. smallest, largest: see SIZES."""
   size, tilt, x, y = rng.random(4).tolist()
-  size = max(18, (.22 + .26 * size) * min(width, height))  # a star of fewer than 18 pixels is a blot
+  size = (smallest + size * (largest - smallest)) * min(width, height)
   corner = np.arange(CORNERS[shape])
   angle = (corner / len(corner) - (1 / 8 if shape == "square" else 1 / 4)) * 2 * np.pi + (2 * tilt - 1) * TILT[shape]
   radius = np.where(corner % 2, .42, 1) if shape == "star" else 1
@@ -125,7 +124,7 @@ def arrange(rng, names, width, height):
   """Tuple of one Object for each name, or None if chance found no room for one."""
   objects = ()
   for name in names:
-    tries = (place(rng, *name.split(), width, height) for _ in range(12))
+    tries = (place(rng, *name.split(), width, height, *SIZES[len(names) - 1]) for _ in range(12))
     new = next((obj for obj in tries if fits(obj, objects, len(names) == 2, width, height)), None)
     if new is None:
       return None

@@ -70,8 +70,8 @@ def test_mask_and_box_agree(scenes):
       assert np.abs(np.array(around) - obj.box).max() < tips, obj
       x1, y1, x2, y2 = obj.box
       assert 0 < x1 < x2 < s.image.width and 0 < y1 < y2 < s.image.height
-      side = min(s.image.size)
-      assert 17 <= max(x2 - x1, y2 - y1) <= max(18.1, .4801 * side)
+      smallest, largest = (share * min(s.image.size) for share in shapes.SIZES[len(s.objects) - 1])
+      assert smallest - .01 <= max(x2 - x1, y2 - y1) <= largest + .01
       if obj.shape == "circle":
         assert abs(m.sum() / (np.pi / 4 * (x2 - x1) * (y2 - y1)) - 1) < .05
       assert shapes.iou(around, obj.box) > .75
@@ -202,11 +202,11 @@ def test_tasks_and_examples():
     image, prefix, suffix = shapes.example(5, i)
     assert digest(image) == digest(s.image) and isinstance(prefix, str) and isinstance(suffix, str)
 
-@pytest.mark.parametrize("k,slack", [(1, .05), (2, .04), (4, .06)])
-def test_mixture(k, slack):
+@pytest.mark.parametrize("k", [1, 2])
+def test_mixture(k):
   counts = Counter(kind(p) for i in range(1200 // k) for p, _ in shapes.examples(shapes.TRAIN_SEED, i, k)[1])
-  for name, share in dict(caption=.25, detect=.35, color=.10, relation=.20, **{"how many": .10}).items():
-    assert abs(counts[name] / counts.total() - share) < slack, (name, counts)
+  for name, share in dict(caption=.35, detect=.35, color=.09, relation=.15, **{"how many": .06}).items():
+    assert abs(counts[name] / counts.total() - share) < .03, (name, counts)
 
 # ---- tokenizer ----
 def test_tokenizer(tmp_path, scenes):

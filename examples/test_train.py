@@ -38,7 +38,6 @@ def smaller():
 def shrink(patch):
   patch.setattr(train, "TOY", smaller())
   patch.setattr(train, "REPORTS", 2)
-  patch.setattr(train, "whitening", lambda config, f=train.whitening: f(config, 20))
   patch.setattr(train.Run, "report", lambda self: None)  # a sample answer compiles two more programs
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from tinygrad import Tensor, TinyJit, dtypes, nn
 from tinygrad.nn.state import get_state_dict
 
+import compiled
 import shapes
 import vlm
 from tokenizer import LOC, Tokenizer
@@ -53,8 +54,9 @@ def toy_weights(net, config, tokenizer, device, seed=0):
       value = rng.standard_normal(t.shape) * math.prod(t.shape[1:]) ** -0.5
       if name.endswith(("out_proj.weight", "fc2.weight", "o_proj.weight", "down_proj.weight")):
         value *= (2 * config.layers) ** -0.5  # what every block adds to the residual stream
-    if "patch_embedding" in name:
-      value = whitening(config) if t.ndim > 1 else value
+    if "patch_embedding.weight" in name:  # flat colour is nearly all of a patch, and drowns the edges
+      value = value.reshape(len(t), 3, -1)
+      value = 2 * (value - 0.8 * value.mean(2, keepdims=True)).reshape(t.shape)
     if "position_embedding" in name:  # start from slow waves in y and x: near patches are alike from the first step on
       side = config.image_size // config.patch_size
       y, x = (waves(axis.ravel() / side, t.shape[1] // 4, side) for axis in np.mgrid[:side, :side])
@@ -64,16 +66,6 @@ def toy_weights(net, config, tokenizer, device, seed=0):
       value[start:start + LOC] = 0
       value[start:start + LOC, :some] = waves(np.arange(LOC) / LOC, some, 128) * (2 / some) ** 0.5
     t.replace(Tensor(value.astype(np.float32), device=device).realize())
-
-def whitening(config, pictures=200):
-  """The strongest principal components of the toy world's patches, scaled to about one variance -> (Dv, 3 * p * p):
-  flat colour is nearly all of a patch's variance, and seen through random weights it drowns the edges. At a quarter of
-  full size, so that the patch does not drown its position."""
-  S, p, g = config.image_size, config.patch_size, config.image_size // config.patch_size
-  pixels = np.concatenate([vlm.to_pixels(shapes.scene(shapes.TRAIN_SEED, i).image, S) for i in range(pictures)])
-  patches = pixels.reshape(-1, 3, g, p, g, p).transpose(0, 2, 4, 1, 3, 5).reshape(-1, 3 * p * p)
-  variance, components = np.linalg.eigh(np.cov(patches.T))
-  return 0.25 * (components * (variance + 0.05) ** -0.5).T[::-1][:config.vision_width]
 
 def waves(position, width, most):
   """position (n,) in 0..1 -> (n, width): sines and cosines of one half wave up to `most`."""
@@ -128,7 +120,7 @@ class Trainer:
     self.weights = {n: t for n, t in get_state_dict(net).items() if re.match(PARTS[part], n)}
     for n, t in get_state_dict(net).items():
       t.is_param_(n in self.weights)
-    # float32: small steps would round away in half precision. A copy: the file is mapped at addresses that matmul.c
+    # float32: small steps would round away in half precision. A copy: the file is mapped at addresses that kernels.c
     # takes, but tinygrad's own kernels do not.
     for t in self.weights.values():
       t.replace(vlm.widen(Tensor(t.numpy(), device=t.device)).contiguous().realize())
@@ -304,6 +296,8 @@ class Run:
     source = self.folder if args.resume else Path(args.init) if args.init else None
     self.model = vlm.load(source) if source else self.prepare_toy()
     net, config, tokenizer = self.model.net, self.model.config, self.model.tokenizer
+    if any(t.dtype in (dtypes.int8, dtypes.uint8) for t in get_state_dict(net).values()):
+      raise Fault(f"{source} is quantised, and training needs finer steps; start from the weights it was made of")
     self.data = (Folder(args.train, tokenizer, config, args.batch, args.skip_bad) if args.train else
                  Toy(tokenizer, config, args.batch, args.steps))
     if args.train:
@@ -326,7 +320,7 @@ class Run:
     """-> a model that has seen nothing yet."""
     self.prepare_folder()
     config, tokenizer = vlm.read_config(self.folder / "config.json"), Tokenizer(self.folder / "tokenizer.model")
-    model = vlm.VLM(vlm.PaliGemma(config), config, tokenizer, vlm.open_device())
+    model = vlm.VLM(vlm.PaliGemma(config), config, tokenizer, compiled.open_device())
     toy_weights(model.net, config, tokenizer, model.device)
     return model
 
@@ -456,7 +450,7 @@ def hub_name(name):
 def safetensors(tensors, patch=None, metadata=None):
   """{name: (Tensor, type to store)}, uint16 meaning bfloat16 -> the pieces of a safetensors file. patch: its side, for
   the patch embedding, which is a convolution in files."""
-  kinds = {dtypes.float32: "F32", dtypes.float16: "F16", dtypes.uint16: "BF16"}
+  kinds = {dtypes.float32: "F32", dtypes.float16: "F16", dtypes.uint16: "BF16", dtypes.int8: "I8", dtypes.uint8: "U8"}
   header, end = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
   for name, (t, dtype) in tensors.items():
     shape = (len(t), 3, patch, patch) if name.endswith("patch_embedding.weight") and patch else t.shape
@@ -490,7 +484,7 @@ def add_arguments(parser):
   t = parser.add_argument_group("training")
   t.add_argument("--train", nargs="?", const="", metavar="DATA", help="a folder with data.jsonl; none: the toy world")
   t.add_argument("--init", metavar="DIR", help="checkpoint to start from (default: random weights)")
-  t.add_argument("--save", default="weights/trained", metavar="DIR", help="where it goes (default: %(default)s)")
+  t.add_argument("--save", metavar="DIR", help="where it goes (default: weights/trained)")
   t.add_argument("--steps", type=int, default=2000, metavar="N", help="updates (default: %(default)s)")
   t.add_argument("--batch", type=int, default=32, metavar="B", help="questions an update (default: %(default)s)")
   t.add_argument("--lr", type=float, default=1e-3, metavar="R", help="highest learning rate (default: %(default)s)")
@@ -503,7 +497,12 @@ def run(args):
   if args.train is None:
     if args.init or args.resume or args.skip_bad:
       raise Fault("--init, --resume and --skip-bad go with --train")
+    if args.save and not args.quantize:
+      raise Fault("--save goes with --train or --quantize")
     return None
+  if args.quantize:
+    raise Fault("--quantize is for finished weights; leave out --train")
+  args.save = args.save or "weights/trained"
   for wrong, message in ((args.steps < 1, "--steps: at least 1"), (args.batch < 1, "--batch: at least 1"),
                          (not 0 < args.lr < math.inf, "--lr: above 0")):
     if wrong:

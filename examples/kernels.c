@@ -1,10 +1,11 @@
-// Matrix products for the CPU: vlm.py (section "Kernels") puts the #defines before this and hands it to tinygrad, which
-// compiles it, runs `kernel` once for each core_id and captures it in its JITs like a kernel of its own.
+// Kernels for the CPU: vlm.py (section "Kernels") puts the #defines before this and hands it to tinygrad, which compiles
+// it, runs `kernel` once for each core_id and captures it in its JITs like a kernel of its own. First of all a product:
 //
 //   out (I, J) = x (I, K) @ b (K, J), BATCH times. A_T, B_T: x, b stored transposed, as a weight is in its file (B_T).
 //   BITS: of a number of b: 32 and 16 are floats (FLOAT16, else bfloat16), 8 and 4 integers with a scale for a row of b
 //   or for 32 of its numbers. ROUNDED: x may be rounded to bfloat16. FEW: up to so many rows of x b is read in place.
 //   ROWS: no product but a look-up, out (I, K) = rows ids (I,) of b.
+//   SOFTMAX: none but out = softmax(x * SCALE) of each row of x (I, K). GELU: gelu(x), and times b (I, K) if GELU is 2.
 //
 // A panel of b, PC lanes of K x 2 vectors of J, is packed where the first-level cache holds it, and serves all tiles of
 // MR rows of x. A tile's sums are vectors along J: nothing is added across lanes. Weights are transposed while they are
@@ -125,6 +126,52 @@ INLINE void store(float *o, vec v, int n, int add, const float *scale) {
     *(vec *)o = scale ? v * *(vec *)scale : v;
   } else for (int j = 0; j < n; j++) o[j] = (add ? o[j] + v[j] : v[j]) * (scale ? scale[j] : 1);
 }
+#if SOFTMAX || GELU  // tinygrad's own exponential takes 1.5 ns on two cores, this 0.1
+#define SELECT(yes, a, b) (vec)(((yes) & (ints)((vec){0} + (a))) | (~(yes) & (ints)((vec){0} + (b))))
+INLINE vec exponential(vec x) {
+  x = SELECT(x < -87, -87.f, SELECT(x > 88, 88.f, x));  // comparisons that let NaN through
+  vec n = x * 1.44269504f;
+  const ints whole = __builtin_convertvector(n + SELECT(n < 0, -.5f, .5f), ints);
+  n = __builtin_convertvector(whole, vec);
+  x = x - n * .693359375f + n * 2.12194440e-4f;  // log(2) in two parts: the first product is exact
+  const vec p = 1 + x * (1 + x * (1 / 2.f + x * (1 / 6.f + x * (1 / 24.f + x * (1 / 120.f + x * (1 / 720.f + x / 5040))))));
+  return p * (vec)((whole + 127) << 23);
+}
+INLINE vec part(const float *x, long n) {  // the last ones of a row are followed by -inf
+  if (n >= W) return *(vec *)x;
+  float copy[W];
+  for (int i = 0; i < W; i++) copy[i] = i < n ? x[i] : -__builtin_inff();
+  return *(vec *)copy;
+}
+__attribute__((no_builtin)) void kernel(float *restrict out, ARGS const int core_id) {
+  for (long i = (long)I * core_id / CORES; i < (long)I * (core_id + 1) / CORES; i++) {
+    const float *row = x + i * K;
+    float *o = out + i * K;
+#if SOFTMAX
+    vec most = (vec){0} - __builtin_inff(), sum = {0};
+    float top = most[0], total = 0;
+    for (int k = 0; k < K; k += W) { vec v = part(row + k, K - k); most = SELECT(v > most, v, most); }
+    for (int r = 0; r < W; r++) top = most[r] > top ? most[r] : top;
+    for (int k = 0; k < K; k += W) {
+      vec v = exponential((part(row + k, K - k) - top) * (float)SCALE);
+      store(o + k, v, K - k, 0, 0);
+      sum += v;  // what follows the last ones is 1e-38
+    }
+    for (int r = 0; r < W; r++) total += sum[r];
+    for (int k = 0; k < K; k += W) store(o + k, part(o + k, K - k) / total, K - k, 0, 0);
+#else
+    for (int k = 0; k < K; k += W) {
+      const vec v = part(row + k, K - k), z = v * (1.59576912f + .0713548163f * v * v);  // 2 sqrt(2 / pi) (v + .044715 v^3)
+      vec y = v / (1 + exponential(-z));
+#if GELU == 2
+      y *= part((const float *)b + i * K + k, K - k);
+#endif
+      store(o + k, y, K - k, 0, 0);
+    }
+#endif
+  }
+}
+#else
 INLINE void tile(const int rows, float *o, const lane *a, const vec *panel, int pn, int jn, int add,
                  const float *scale) {
   vec s[MR][2];
@@ -234,4 +281,5 @@ __attribute__((no_builtin)) void kernel(float *restrict out, ARGS const int core
   }
 #endif
 }
+#endif
 #endif
