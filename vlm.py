@@ -22,7 +22,7 @@ from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image, ImageOps
-from tinygrad import Device, Tensor, TinyJit, UOp, dtypes
+from tinygrad import Tensor, TinyJit, UOp, dtypes
 from tinygrad.dtype import truncate
 from tinygrad.helpers import CPU_COUNT, DEV
 from tinygrad.nn.state import get_state_dict
@@ -111,6 +111,12 @@ def to_pixels(source, side):
   return ((np.asarray(image, np.float32) / 255 - 0.5) / 0.5).transpose(2, 0, 1)[None]  # (1, 3, S, S)
 
 # ---- 3. Building blocks ----
+def upload(array, device):
+  """np.ndarray -> Tensor. So does Tensor(array).realize(), in 2 ms, 130 the first time: it schedules a copy."""
+  t = Tensor.empty(*array.shape, dtype=getattr(dtypes, array.dtype.name), device=device)
+  t.uop.base.buffer.ensure_allocated().copyin(np.ascontiguousarray(array).data)
+  return t
+
 class Linear:
   def __init__(self, inputs, outputs, bias=False):
     self.weight, self.bias = Tensor.empty(outputs, inputs), Tensor.empty(outputs) if bias else None
@@ -286,9 +292,9 @@ class Cache:
   """A static KV cache: one (2, B, K, C, d) tensor a layer. Never grows, so one compiled step serves every token."""
   def __init__(self, c, B, C, device):
     shape = (2, B, c.kv_heads, C, c.head_dim)
-    self.layers = [Tensor.zeros(shape, device=device).contiguous().realize() for _ in range(c.layers)]
-    self.rope = [Tensor(t, device=device).realize() for t in rope_table(c, np.arange(C))]
-    self.token = Tensor.zeros(B, dtype=dtypes.int32, device=device).contiguous().realize()  # the last one of each row
+    self.layers = [upload(np.zeros(shape, np.float32), device) for _ in range(c.layers)]
+    self.rope = [upload(t, device) for t in rope_table(c, np.arange(C))]
+    self.token = upload(np.zeros(B, np.int32), device)  # the last one of each row
   def stores(self, start, length, seen):
     """For each layer a function that writes new k and v (B, K, length, d) into the slots from `start` and returns the
     first `seen` slots of all k and v."""
@@ -353,8 +359,6 @@ class VLM:
     result = self.programs[key](*inputs)
     compiled.write(file, self.programs[key], buffers)
     return result
-  def _tensor(self, array):
-    return Tensor(array, device=self.device).realize()
   def _cache(self, B, C):
     return self.caches.get((B, C)) or self.caches.setdefault((B, C), Cache(self.config, B, C, self.device))
 
@@ -364,7 +368,8 @@ class VLM:
     def run(pixels):
       features = net.vision_tower(pixels).contiguous()
       return features, net.multi_modal_projector.linear(features).contiguous()  # used as it is: no scaling
-    return [t.clone().realize() for t in self._run(("vision",), None, run, self._tensor(pixels))]
+    outputs = self._run(("vision",), None, run, upload(pixels, self.device))
+    return [upload(t.numpy(), self.device) for t in outputs]  # the next call writes into the same ones
 
   def image_features(self, image):
     """-> projected features (1, P, D), kept for the last few pictures: a second question costs no vision."""
@@ -388,7 +393,7 @@ class VLM:
     cos, sin = rope_table(self.config, where[:, :n].clip(0).reshape(-1))
     seen = where[:, None, None, None, :n] >= 0
     inputs = ids.astype(np.int32), cos.reshape(B, 1, n, -1), sin.reshape(B, 1, n, -1), seen
-    return self._run(("prefill", B, n, C), cache, run, image, *map(self._tensor, inputs))
+    return self._run(("prefill", B, n, C), cache, run, image, *(upload(t, self.device) for t in inputs))
 
   def decode(self, token, position, where):
     """token (B,) np.int32 at slot `position`, where (B, C) a Tensor -> next token (B,), its logits (B, V). One program
@@ -402,8 +407,8 @@ class VLM:
       x = gemma(gemma.embed(token.reshape(B, 1)), cos, sin, (seen, near), cache.stores(position, 1, C))
       logits = gemma.logits(x[:, -1].contiguous()).contiguous()
       return choose(logits), logits
-    cache.token.uop.base.buffer.copyin(np.ascontiguousarray(token, np.int32).data)  # realising a new tensor would take 2 ms
-    return self._run(("decode", B, C), cache, run, cache.token, UOp.variable("position", 0, C - 1).bind(position), where)
+    cache.token.uop.base.buffer.copyin(np.ascontiguousarray(token, np.int32).data)  # a new tensor takes 2 ms
+    return self._run(("decode", B, C), cache, run, cache.token, UOp.variable("slot", 0, C - 1).bind(position), where)
 
   def _prefix(self, images, prompts, max_tokens):
     """-> next token (B,) and logits (B, V) after the prefix, where (B, C), the next slot."""
@@ -417,8 +422,8 @@ class VLM:
                   f"the context's {self.max_context}; shorten the prompt or lower --max-tokens")
     C = min(-(-(P + T + max_tokens) // 256) * 256, self.max_context)  # in steps of 256: seldom another program
     start = time.perf_counter()
-    image = Tensor.cat(*[Tensor.cat(*map(self.image_features, row), dim=1) for row in rows]).contiguous().realize()
-    Device[self.device].synchronize()  # else its time would be counted as the prefill's
+    features = [self.image_features(image) for row in rows for image in row]
+    image = Tensor.cat(*features).reshape(len(rows), P, -1).contiguous().realize() if features[1:] else features[0]
     self.timings |= {"vision_s": time.perf_counter() - start, "decode_tok_s": None}
     ids = np.array([[0] * (T - len(prompt)) + prompt for prompt in prompts])
     where, start = layout([len(prompt) for prompt in prompts], P, T, C), time.perf_counter()
@@ -437,7 +442,7 @@ class VLM:
     if len(images) != len(prompts) or not prompts:
       raise Fault(f"{len(images)} images for {len(prompts)} prompts: give one for each")
     token, logits, where, position = self._prefix(images, prompts, max_tokens)
-    where = self._tensor(where)
+    where = upload(where, self.device)
     rngs = [np.random.default_rng(seed) for _ in prompts]  # all alike: a row of a batch draws what it would draw alone
     done, start = [False] * len(prompts), time.perf_counter()
     for step in range(1, max_tokens + 1):
@@ -563,7 +568,7 @@ def to_tensor(name, array, device):
   ours = array.ndim == 2 and "position_embedding" not in name and compiled.in_c(device)
   if ours or device.startswith("CPU") and array.ctypes.data % 64 == 0:
     return Tensor.from_blob(array.ctypes.data, array.shape, dtype=getattr(dtypes, array.dtype.name), device=device)
-  return Tensor(array, device=device).realize()
+  return upload(array, device)
 
 def load(folder, device=None, max_context=None, bits=None):
   """A PaliGemma folder (config.json, *.safetensors, tokenizer.model) -> VLM. bits: "int8" or "int4" to quantise its
@@ -602,9 +607,6 @@ def load(folder, device=None, max_context=None, bits=None):
 PORTABLE = False  # True, in tests: without AVX512-BF16 instructions, as on other CPUs
 FORMATS = {dtypes.float32: 32, dtypes.float16: 16, dtypes.uint16: 16, dtypes.int8: 8, dtypes.uint8: 4}  # bits
 
-def stored(b):
-  return {"b": b.data, "scale": b.scale} if isinstance(b, Packed) else {"b": b}
-
 def matmul(a, b, kind="nt", batched=False):
   """a @ b.T ("nt": a Linear), a @ b ("nn") or a.T @ b ("tn") of the last two dimensions; leading ones are a batch, or
   more rows. A float32 b is exact and has a gradient; others round a to bfloat16 where the CPU multiplies that."""
@@ -632,7 +634,7 @@ def matmul(a, b, kind="nt", batched=False):
     ways = {"nt": ((d, b, "nn"), (d, a, "tn")), "nn": ((d, b, "nt"), (a, d, "tn")), "tn": ((b, d, "nt"), (a, d, "nn"))}
     return None, *(matmul(*way, batched).uop for way in ways[kind])
   name = f"matmul_{kind}_{b.dtype.name}_{Z}_{I}_{J}_{K}"
-  return compiled.c_kernel(name, defines, outs, {"x": a, **stored(b)}, Z * I * J * K, backward)
+  return compiled.c_kernel(name, defines, outs, {"x": a, "b": b}, Z * I * J * K, backward)
 
 def rows(w, ids):
   """Rows ids (B, T) of w (V, D) -> (B, T, D) float32."""
@@ -642,7 +644,7 @@ def rows(w, ids):
   defines = {"ROWS": 1, "I": I, "J": 1, "K": K, "BITS": FORMATS[w.dtype], "FLOAT16": int(w.dtype == dtypes.float16),
              "BATCH": 1, "A_T": 0, "B_T": 1}
   outs = {"out": Tensor.invalids(*ids.shape, K, dtype=dtypes.float32, device=ids.device)}
-  return compiled.c_kernel(f"rows_{w.dtype.name}_{I}_{K}", defines, outs, {"ids": ids, **stored(w)}, I * K)
+  return compiled.c_kernel(f"rows_{w.dtype.name}_{I}_{K}", defines, outs, {"ids": ids, "b": w}, I * K)
 
 def by_row(name, srcs, **defines):
   """A kernel from each row of x (.., K) to a row of the result, which may not be differentiated."""
@@ -651,8 +653,7 @@ def by_row(name, srcs, **defines):
   return compiled.c_kernel(f"{name}_{I}_{K}", {"I": I, "K": K, "BITS": 32, **defines}, {"out": out}, srcs, 16 * I * K)
 
 def softmax(x, scale):
-  """softmax(x * scale) of the last dimension, (.., C), as weights to be divided by a total (.., 1): after a product with
-  them that is less to divide."""
+  """softmax(x * scale) of (.., C), as weights and a total (.., 1) to divide by: after a product that is less work."""
   if compiled.in_c(x.device) and not Tensor.training:
     return by_row("softmax", {"x": x}, SOFTMAX=1, SCALE=scale), Tensor.ones(*x.shape[:-1], 1, device=x.device)
   # contiguous: fused into the product or the sum, every exponential would be computed again for each of their terms

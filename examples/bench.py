@@ -66,7 +66,7 @@ def ours(folder, born, steady, bits=None, side=None):
   C, where = 256 * -(-(P + 8 + TOKENS) // 256), None
   where = vlm.layout([len(TEXT)], P, 8, C)
   ids = np.array([[0] * (8 - len(TEXT)) + TEXT])
-  slots = model._tensor(where)
+  slots = vlm.upload(where, model.device)
   marks, result = [], {"load": time.time() - born}
 
   def vision():
@@ -88,15 +88,15 @@ def ours(folder, born, steady, bits=None, side=None):
   result["last"] = time.time() - born
   times = {"vision": [], "prefill": [], "decode": []}
   for _ in range(steady):
-    for name, work in (("vision", vision), ("prefill", lambda: prefill(features)), ("decode", lambda: decode(token, 5))):
+    for name in times:
       start = time.perf_counter()
-      work()
+      {"vision": vision, "prefill": lambda: prefill(features), "decode": lambda: decode(token, 5)}[name]()
       times[name].append((time.perf_counter() - start) / (5 if name == "decode" else 1))
   result |= {name: statistics.median(t) for name, t in times.items() if t}
   result |= {"bytes": model.bytes, "third": marks[1] - marks[0]}
   if bits is not None:  # the choice after prefixes of random text
-    rng = np.random.default_rng(1)
-    texts = [np.array([[0] * 3 + [2, *rng.integers(1000, 200000, 3), 108]]) for _ in range(64)]
+    rng, words = np.random.default_rng(1), model.config.vocab // 2  # further up are <loc>, <seg> and rare ones
+    texts = [np.array([[0] * 3 + [2, *rng.integers(4, words, 3), 108]]) for _ in range(64)]
     result["choices"] = [int(model.prefill(features, text, where)[0].numpy()[0]) for text in texts]
   return result
 
@@ -328,8 +328,8 @@ with tempfile.TemporaryDirectory() as folder:
       kinds["matmul" if "matmul" in name else "reductions" if name.startswith("r_") else "elementwise"] += took
       kernels[name] = kernels.get(name, 0) + took
   total = sum(kinds.values())
-  print(f"{batch:.0f} questions a step, {step * 1e3:.0f} ms a step, {batch / step:.0f} questions/s; of the kernels' time "
-        + ", ".join(f"{name} {took / total:.0%}" for name, took in kinds.items()))
+  print(f"{batch:.0f} questions a step, {step * 1e3:.0f} ms a step, {batch / step:.0f} questions/s; of the kernels' "
+        "time " + ", ".join(f"{name} {took / total:.0%}" for name, took in kinds.items()))
   worst = max((k for k in kernels if "matmul" not in k), key=kernels.get)
   print(f"the largest that is no matmul: {worst}, {kernels[worst] / total:.0%}")
 

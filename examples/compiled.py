@@ -8,6 +8,7 @@ are scratch memory, stored as their size.
 import contextlib
 import ctypes.util
 import functools
+import glob
 import hashlib
 import importlib.metadata
 import os
@@ -26,9 +27,10 @@ from tinygrad.renderer.llvmir import LLVMRenderer
 from tinygrad.runtime.autogen import llvm
 from tinygrad.uop.ops import KernelInfo, Ops, ProgramInfo
 
-from vlm import Fault
+from vlm import Fault, Packed
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlm"
+GPUS = "/dev/nvidia*", "/dev/kfd", "/dev/dri", "/dev/kgsl*", "/dev/dxg"  # what Linux calls them
 KEPT = 100  # files, of half a megabyte at most; the one unused for longest goes first. 0: none is read or written
 
 
@@ -54,6 +56,8 @@ def find_compiler():
 def open_device(name=None):
   """A tinygrad device name, None for the best there is -> its full name, ready for use. Raises Fault."""
   try:
+    if name is None and not DEV.device and sys.platform == "linux" and not any(map(glob.glob, GPUS)):
+      DEV.value = "CPU"  # tinygrad would come to this too, after it has imported all its drivers, which takes 0.4 s
     name = Device.canonicalize(name)
     if name.startswith("CPU"):
       find_compiler()
@@ -76,8 +80,10 @@ def in_c(device):
 
 
 def c_kernel(name, defines, outs, srcs, work, backward=None, code=None):
-  """Run `kernel` of kernels.c, or of other C, as a kernel of tinygrad's: scheduled, compiled once, captured and threaded
-  like its own. {parameter: tensor} outs and srcs, work multiply-adds -> the first of outs, which the C calls `out`."""
+  """Run `kernel` of kernels.c, or of other C, as a kernel of tinygrad's: scheduled, compiled once, captured and
+  threaded like its own. {parameter: tensor} outs and srcs, work multiply-adds -> the first of outs, `out` in C."""
+  if isinstance(srcs.get("b"), Packed):
+    srcs = srcs | {"b": srcs["b"].data, "scale": srcs["b"].scale}
   cores = CPU_COUNT.value if work > 1 << 20 else 1  # a second core costs 20 us a kernel: Python's queues
   types = {"x": "const float", "ids": "const int", "b": "const char", "scale": "const float", "scratch": "int"}
   args = "".join(f"{types[arg]} *restrict {arg}, " for arg in [*list(outs)[1:], *srcs])

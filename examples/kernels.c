@@ -1,5 +1,6 @@
-// Kernels for the CPU: vlm.py (section "Kernels") puts the #defines before this and hands it to tinygrad, which compiles
-// it, runs `kernel` once for each core_id and captures it in its JITs like a kernel of its own. First of all a product:
+// Kernels for the CPU: vlm.py (section "Kernels") puts the #defines before this and hands it to tinygrad, which
+// compiles it, runs `kernel` once for each core_id and captures it in its JITs like a kernel of its own. First of all a
+// product:
 //
 //   out (I, J) = x (I, K) @ b (K, J), BATCH times. A_T, B_T: x, b stored transposed, as a weight is in its file (B_T).
 //   BITS: of a number of b: 32 and 16 are floats (FLOAT16, else bfloat16), 8 and 4 integers with a scale for a row of b
@@ -134,8 +135,8 @@ INLINE vec exponential(vec x) {
   const ints whole = __builtin_convertvector(n + SELECT(n < 0, -.5f, .5f), ints);
   n = __builtin_convertvector(whole, vec);
   x = x - n * .693359375f + n * 2.12194440e-4f;  // log(2) in two parts: the first product is exact
-  const vec p = 1 + x * (1 + x * (1 / 2.f + x * (1 / 6.f + x * (1 / 24.f + x * (1 / 120.f + x * (1 / 720.f + x / 5040))))));
-  return p * (vec)((whole + 127) << 23);
+  const vec p = 1 / 6.f + x * (1 / 24.f + x * (1 / 120.f + x * (1 / 720.f + x / 5040)));
+  return (1 + x * (1 + x * (1 / 2.f + x * p))) * (vec)((whole + 127) << 23);
 }
 INLINE vec part(const float *x, long n) {  // the last ones of a row are followed by -inf
   if (n >= W) return *(vec *)x;
@@ -161,7 +162,8 @@ __attribute__((no_builtin)) void kernel(float *restrict out, ARGS const int core
     for (int k = 0; k < K; k += W) store(o + k, part(o + k, K - k) / total, K - k, 0, 0);
 #else
     for (int k = 0; k < K; k += W) {
-      const vec v = part(row + k, K - k), z = v * (1.59576912f + .0713548163f * v * v);  // 2 sqrt(2 / pi) (v + .044715 v^3)
+      const vec v = part(row + k, K - k);
+      const vec z = v * (1.59576912f + .0713548163f * v * v);  // 2 sqrt(2 / pi) (v + .044715 v^3)
       vec y = v / (1 + exponential(-z));
 #if GELU == 2
       y *= part((const float *)b + i * K + k, K - k);

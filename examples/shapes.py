@@ -362,8 +362,8 @@ def evaluate(model, count):
 
 # ---- 5. Command line ----
 
-EXAMPLES = {"shapes.png": 420, "shapes-one.png": 11, "shapes-three.png": 40, "shapes-four.png": 66,
-            "shapes-overlap.png": 18}  # numbers of scenes chosen by eye, without noise, so that the files are small
+EXAMPLES = {"shapes.png": 120, "shapes-one.png": 106, "shapes-two.png": 129, "shapes-four.png": 156,
+            "shapes-overlap.png": 122}  # numbers of scenes chosen by eye, without noise, so that the files are small
 
 
 def main():

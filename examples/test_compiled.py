@@ -134,8 +134,8 @@ def test_only_the_newest_files_stay(kept, monkeypatch):
 
 # ---- Quantised weights ----
 
-# Root mean square error of the logits, in their standard deviations. Of a normal weight, int8 rounds off about 0.006 and
-# int4 0.08 deviations; some thirty matrices follow one another in a tiny model, none of them trained: times 5.5.
+# Root mean square error of the logits, in their standard deviations. Of a normal weight, int8 rounds off about 0.006
+# and int4 0.08 deviations; some thirty matrices follow one another in a tiny model, none of them trained: times 5.5.
 WORST = {"int8": 0.006 * 5.5 * 1.5, "int4": 0.08 * 5.5}
 
 
@@ -168,7 +168,8 @@ def test_a_quantised_folder_is_loaded_as_it_was_saved(bits, tmp_path, capsys):
   assert json.loads(capsys.readouterr().out)["tokens"] == first["tokens"]
   a, b = vlm.load(TINY, bits=bits), vlm.load(tmp_path / "q")
   assert np.array_equal(a.logits(picture(a), PROMPT), b.logits(picture(b), PROMPT))
-  with safe_open(tmp_path / "q" / "model.safetensors", "numpy") as saved, safe_open(TINY / "model.safetensors", "numpy") as hub:
+  quantised, original = (f / "model.safetensors" for f in (tmp_path / "q", TINY))
+  with safe_open(quantised, "numpy") as saved, safe_open(original, "numpy") as hub:
     scales = {n for n in saved.keys() if n.endswith("_scale")}
     assert {vlm.canonical(n) for n in set(saved.keys()) - scales} == {vlm.canonical(n) for n in hub.keys()}
     chosen = {n.removesuffix("_scale") for n in scales}

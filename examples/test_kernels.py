@@ -16,7 +16,7 @@ import vlm
 
 pytestmark = pytest.mark.skipif(not (compiled.open_device("CPU") and compiled.in_c("CPU")), reason="no C compiler")
 KINDS = ["float32", "float16", "bfloat16", "int8", "int4"]
-SHAPES = [  # rows, outputs, inputs: none a multiple of a vector, a tile, a panel; all of them; one more than all of them
+SHAPES = [  # rows, outputs, inputs: multiples of a vector, a tile, a panel, and numbers that are none
   (1, 1, 1), (1, 16, 32), (1, 33, 7), (1, 97, 4304), (1, 1000, 2050), (2, 17, 7), (3, 64, 4304), (4, 5, 1151),
   (5, 33, 64), (8, 40, 33), (9, 40, 33), (12, 37, 100), (13, 1, 100), (25, 31, 40), (30, 70, 1151), (40, 100, 4304),
   (261, 31, 257), (264, 200, 96), (300, 7, 31), (300, 129, 1100), (300, 150, 95)]
@@ -202,8 +202,8 @@ for kind in t.KINDS:
   w, exact = t.encode(t.normal(5, 40, seed=1), kind)
   assert t.error(vlm.matmul(t.Tensor(x), w), x, exact) < 1e-5, kind
 """
-  done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"DEV": device, "PYTHONPATH": str(ROOT / "examples")},
-                        capture_output=True, text=True, cwd=ROOT)
+  env = os.environ | {"DEV": device, "PYTHONPATH": str(ROOT / "examples")}
+  done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=ROOT)
   if "skip: " in done.stderr:
     pytest.skip(f"{device} is not to be had here")
   assert done.returncode == 0, done.stderr

@@ -317,7 +317,7 @@ def test_make(tmp_path):
 
 def test_example(tmp_path):
   out = cli("--example", tmp_path).stdout.splitlines()
-  assert out[0] == "shapes.png: a red star above a green square" and len(out) == 5
+  assert out[0] == "shapes.png: a green triangle, a red circle and a yellow star" and len(out) == 5
   for line in out:
     path = tmp_path / line.split(":")[0]
     assert Image.open(path).size == (448, 336) and path.stat().st_size < 50_000

@@ -65,7 +65,7 @@ def toy_weights(net, config, tokenizer, device, seed=0):
       start, some = tokenizer.ids["<loc0000>"], t.shape[1] * 3 // 8
       value[start:start + LOC] = 0
       value[start:start + LOC, :some] = waves(np.arange(LOC) / LOC, some, 128) * (2 / some) ** 0.5
-    t.replace(Tensor(value.astype(np.float32), device=device).realize())
+    t.replace(vlm.upload(value.astype(np.float32), device))
 
 def waves(position, width, most):
   """position (n,) in 0..1 -> (n, width): sines and cosines of one half wave up to `most`."""
@@ -157,7 +157,7 @@ class Trainer:
     masks = [training_mask(*lengths, P + T, window)[:, None] for window in (None, self.config.window)]
     cos, sin = vlm.rope_table(self.config, np.arange(P + T))
     inputs = pixels, ids[:, :-1], ids[:, 1:], cos, sin, *masks, weight
-    return [Tensor(np.ascontiguousarray(t), device=device).realize() for t in inputs]
+    return [vlm.upload(t, device) for t in inputs]
 
   def step(self, batch, lr):
     """One update -> the loss before it."""
