@@ -290,6 +290,32 @@ def test_resume_equals_uninterrupted(after, whole, tmp_path, monkeypatch, capsys
     assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()
   assert capsys.readouterr().err == ""  # --quiet
 
+def test_scenes_grow_unless_a_checkpoint_goes_on(whole, tmp_path, monkeypatch):
+  seen, original = [], shapes.examples
+  def examples(seed, i, k, most=4):
+    seen.append(most)
+    return original(seed, i, k, most)
+  monkeypatch.setattr(shapes, "examples", examples)
+  m = vlm.load(whole)
+  for grow, wanted in ((True, [1, 1, 2, 2, 3, 3, 4, 4]), (False, [4] * 8)):
+    toy = train.Toy(m.tokenizer, m.config, 2, 12, grow)
+    for i in (0, 1, 2, 3, 4, 5, 6, 11):
+      toy.batch(i)
+    assert seen == wanted
+    seen.clear()
+  command = ["--train", "--save", str(tmp_path / "run"), *map(str, RUN)]
+  step = train.Trainer.step
+  def interrupt(self, *args):
+    signal.raise_signal(signal.SIGINT)
+    return step(self, *args)
+  with monkeypatch.context() as patch:
+    patch.setattr(train.Trainer, "step", interrupt)
+    assert vlm.main([*command, "--init", str(whole)]) == 130
+  seen.clear()
+  assert vlm.main([*command, "--resume"]) == 0
+  assert set(seen) == {4}, "what --init said is remembered"
+  assert json.loads((tmp_path / "run" / "config.json").read_text())["note"] == train.TOY["note"]
+
 def test_resume_wants_the_same_run(whole, refused, tmp_path):
   err = refused("--save", whole, "--resume", "--steps", 9, "--batch", ROWS, "--lr", 0.5)
   assert "--steps 8" in err and "--lr 0.001" in err

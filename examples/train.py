@@ -178,17 +178,19 @@ class Trainer:
     return self.loss_jit(*batch).item()
 
 class Toy:
-  """Scenes drawn as they are needed: batch i is always the same. The first sixth of the steps shows one shape a
-  picture, the second up to two, the third up to three: what a name looks like and where it is are easier to learn from
-  single shapes."""
-  def __init__(self, tokenizer, config, rows, steps):
-    self.tokenizer, self.side, self.text, self.steps = tokenizer, config.image_size, longest(tokenizer), steps
+  """Scenes drawn as they are needed: batch i is always the same. With `grow` the first sixth of the steps shows one
+  shape a picture, the second up to two, the third up to three: what a name looks like and where it is are easier to
+  learn from single, large shapes."""
+  def __init__(self, tokenizer, config, rows, steps, grow=True):
+    self.tokenizer, self.side, self.text = tokenizer, config.image_size, longest(tokenizer)
+    self.stage = steps / 6 if grow else None  # steps until one more shape may appear
     self.questions = math.gcd(QUESTIONS, rows)
     self.pictures = rows // self.questions
 
   def batch(self, i, seed=shapes.TRAIN_SEED):
     """-> B rows (prefix ids, answer ids), pixels (G, 3, S, S)."""
-    rows, pixels, most = [], [], min(4, 1 + 6 * i // self.steps) if seed == shapes.TRAIN_SEED else 4
+    grow, rows, pixels = self.stage and seed == shapes.TRAIN_SEED, [], []
+    most = min(4, 1 + int(i / self.stage)) if grow else 4
     for n in range(i * self.pictures, (i + 1) * self.pictures):
       image, asked = shapes.examples(seed, n, self.questions, most)
       pixels.append(vlm.to_pixels(image, self.side))
@@ -299,7 +301,7 @@ class Run:
     if any(t.dtype in (dtypes.int8, dtypes.uint8) for t in get_state_dict(net).values()):
       raise Fault(f"{source} is quantised, and training needs finer steps; start from the weights it was made of")
     self.data = (Folder(args.train, tokenizer, config, args.batch, args.skip_bad) if args.train else
-                 Toy(tokenizer, config, args.batch, args.steps))
+                 Toy(tokenizer, config, args.batch, args.steps, grow=not args.init))
     if args.train:
       vlm.say(args, self.data.found)
     if source:
@@ -330,7 +332,7 @@ class Run:
     try:
       self.folder.mkdir(parents=True, exist_ok=True)
       config = json.loads((source / "config.json").read_text()) if source else TOY
-      if self.args.init:
+      if self.args.init and self.args.train:
         config.pop("note", None)  # it says what the weights were
       write_file(self.folder / "config.json", [json.dumps(config, indent=1).encode()])
       if source:
@@ -352,13 +354,14 @@ class Run:
     except (OSError, SafetensorError) as e:
       raise Fault(f"{self.state}: {e}; start a new run with --init {self.folder} and another --save") from None
     self.done = self.saved = saved["step"]
-    self.history, self.losses = saved["history"], saved["losses"]
+    self.history, self.losses, self.data.stage = saved["history"], saved["losses"], saved["stage"]
 
   def save(self):
     """model.safetensors, then the state; the names are those of hub files."""
     weights = {hub_name(n): (t, self.types[n]) for n, t in get_state_dict(self.model.net).items()}
     state = {n: (t, dtypes.float32) for n, t in self.trainer.state().items()}
-    run = {"settings": self.settings, "step": self.done, "history": self.history, "losses": self.losses}
+    run = {"settings": self.settings, "step": self.done, "history": self.history, "losses": self.losses,
+           "stage": getattr(self.data, "stage", None)}
     rows, picture = [("step", "loss", "held_out_loss"), *self.history], io.BytesIO()
     try:
       write_file(self.folder / "model.safetensors", safetensors(weights, self.model.config.patch_size))
