@@ -350,14 +350,15 @@ class VLM:
       return self.programs[key](*inputs)
     buffers = get_state_dict(self.net) | get_state_dict(cache, "cache")
     file = compiled.place(self.device, key, vars(self.config), PORTABLE, buffers)
-    self.programs[key] = compiled.read(file, buffers)  # what an earlier process has captured
-    if self.programs[key] is None:
+    program, result = compiled.read(file, buffers, inputs)  # what an earlier process has captured
+    if program is None:
       if key[0] != "decode":  # by then the answer has begun, on the line that this would clear
         status(f"compiling {key[0]} (the first time only)")
-      self.programs[key] = TinyJit(function)
-      self.programs[key].cnt = 1  # capture on the first call: the usual dry run would schedule everything twice
-    result = self.programs[key](*inputs)
-    compiled.write(file, self.programs[key], buffers)
+      program = TinyJit(function)
+      program.cnt = 1  # capture on the first call: the usual dry run would schedule everything twice
+      result = program(*inputs)
+      compiled.write(file, program, buffers)
+    self.programs[key] = program
     return result
   def _cache(self, B, C):
     return self.caches.get((B, C)) or self.caches.setdefault((B, C), Cache(self.config, B, C, self.device))
@@ -615,10 +616,9 @@ def matmul(a, b, kind="nt", batched=False):
       a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
     b = widen(b)
     return (a.transpose(-1, -2) if kind == "tn" else a) @ (b.transpose(-1, -2) if kind == "nt" else b)
-  lead = a.shape[:-2] if batched else ()
+  lead, bits = a.shape[:-2] if batched else (), FORMATS[b.dtype]
   Z, rows, cols = math.prod(lead), math.prod(a.shape[len(lead):-1]), a.shape[-1]
   (I, K), J = (cols, rows) if kind == "tn" else (rows, cols), b.shape[-2 if kind == "nt" else -1]
-  bits = FORMATS[b.dtype]
   out = Tensor.invalids(*((*lead, I, J) if kind == "tn" else (*a.shape[:-1], J)), dtype=dtypes.float32, device=a.device)
   outs, rounded = {"out": out}, b.dtype in (dtypes.uint16, dtypes.int8, dtypes.uint8) and not PORTABLE
   if rounded:  # a in bfloat16, once for each core

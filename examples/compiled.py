@@ -160,22 +160,21 @@ def owned(tensors):
   return {name: t.uop.base for name, t in tensors.items()}
 
 
-def read(path, tensors):
-  """-> a captured TinyJit, or None: there is no such file, or it is of no use."""
-  if not KEPT:
-    return None
-  try:
-    with open(path, "rb") as file:
-      jit = Reader(file, owned(tensors)).load()
-    os.utime(path)
-    return jit
-  except Exception:  # a file that is not there, or whatever unpickling a damaged one raises: capture anew
-    return None
+def read(path, tensors, inputs):
+  """-> a captured TinyJit and what it returns for these inputs; None twice if there is no such file, or it is no use."""
+  with contextlib.suppress(Exception):  # not there, damaged, of a driver that has changed: whatever it is, capture anew
+    if KEPT:
+      with open(path, "rb") as file:
+        jit = Reader(file, owned(tensors)).load()
+      result = jit(*inputs)
+      os.utime(path)
+      return jit, result
+  return None, None
 
 
 def write(path, jit, tensors):
-  """Keep a captured TinyJit, unless it was read from there, and if the folder allows."""
-  if not KEPT or jit.fxn is None:
+  """Keep a captured TinyJit, if the folder allows."""
+  if not KEPT:
     return
   part = path.with_suffix(f".{os.getpid()}")
   try:
