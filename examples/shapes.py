@@ -30,6 +30,7 @@ SIZES = ((.45, .90), (.30, .65), (.25, .55), (.25, .50))  # of objects, in short
 GAP = .06                      # least distance of two centres in x, in widths: left to right is never a tie
 CLEAR, NEAR = 1.4, .10         # see sides()
 SHARED = .20                   # a shape has at most this much of its area in common with others
+PLACES = 128                   # see locations()
 ABSENT = .15                   # how often an entry of a detect prompt is not in the picture
 MIX = {"caption": .35, "detect": .35, "how many": .06, "color": .10, "relation": .36}
 BATCH, MAX_TOKENS = 25, 40     # of --eval, constant so that a model compiles once; four boxes are 27 tokens
@@ -229,10 +230,13 @@ def wanted(scene, label):
 
 
 def locations(box, width, height):
-  """Box in pixels -> "<locY1><locX1><locY2><locX2>", 1024ths of the picture's own height and width."""
+  """Box in pixels -> "<locY1><locX1><locY2><locX2>", 1024ths of the picture's own height and width. Rounded to PLACES
+  of them: finer than the model's pixels they would be noise, over which a likeliest token spreads so thin that the end
+  of the answer is likelier."""
   x1, y1, x2, y2 = box
   values = np.array([y1 / height, x1 / width, y2 / height, x2 / width])
-  return "".join(f"<loc{n:04d}>" for n in (values * 1023).round().clip(0, 1023).astype(int))
+  places = (values * PLACES).round().clip(0, PLACES) / PLACES
+  return "".join(f"<loc{n:04d}>" for n in (places * 1023).round().astype(int))
 
 
 def detect(scene, rng, asked=()):
@@ -375,7 +379,7 @@ def main():
   action.add_argument("--example", metavar="DIR", type=Path, nargs="?", const=here, help="write the example pictures")
   parser.add_argument("--count", type=int, default=100, help="how many pictures to make (default 100)")
   parser.add_argument("--seed", type=int, default=TRAIN_SEED, help=f"of the pictures to make (default {TRAIN_SEED})")
-  parser.add_argument("--weights", default=here.parent / "weights/toy", help="checkpoint (default weights/shapes)")
+  parser.add_argument("--weights", default=here.parent / "weights/toy", help="checkpoint (default weights/toy)")
   parser.add_argument("--scenes", type=int, default=500, help="held-out scenes to measure on (default 500)")
   args = parser.parse_args()
   if args.eval:

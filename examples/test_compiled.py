@@ -132,6 +132,17 @@ def test_only_the_newest_files_stay(kept, monkeypatch):
   assert [f for f in kept.iterdir() if f.suffix != ".program"] == []
 
 
+def test_two_processes_at_once(tmp_path):
+  """Both compile, both write, neither reads half a file."""
+  command = [sys.executable, "vlm.py", "examples/shapes.png", PROMPT, "--weights", "weights/tiny1", "--max-tokens", "6",
+             "--json"]
+  env = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+  runs = [subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+  answers = [json.loads(run.communicate()[0])["tokens"] for run in runs]
+  assert answers[0] == answers[1] and all(run.returncode == 0 for run in runs)
+  assert {f.suffix for f in (tmp_path / "vlm").iterdir()} <= {".program", ""}
+
+
 # ---- Quantised weights ----
 
 # Root mean square error of the logits, in their standard deviations. Of a normal weight, int8 rounds off about 0.006

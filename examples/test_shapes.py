@@ -181,14 +181,14 @@ def test_detect(scenes):
                if l in (o.name, o.shape)]
       assert [g[0] for g in got] == [t[0] for t in truth]
       for g, t in zip(got, truth):
-        assert np.abs(np.array(g[1]) - t[1]).max() <= .51 / 1023 * max(width, height)
+        assert np.abs(np.array(g[1]) - t[1]).max() <= (.5 / shapes.PLACES + .51 / 1023) * max(width, height)
       total, empty = total + 1, empty + (suffix == "")
       partial += bool(suffix) and any(l not in suffix for l in labels)
   assert .05 < empty / total < .13 and .05 < partial / total < .2
 
 def test_locations():
   assert shapes.locations((0, 0, 100, 50), 100, 50) == "<loc0000><loc0000><loc1023><loc1023>"
-  assert shapes.locations((10, 40, 30, 45), 100, 50) == "<loc0818><loc0102><loc0921><loc0307>"
+  assert shapes.locations((10, 40, 30, 45), 100, 50) == "<loc0815><loc0104><loc0919><loc0304>"
   assert shapes.locations((-5, 0, 120, 50), 100, 50) == "<loc0000><loc0000><loc1023><loc1023>"
 
 def test_tasks_and_examples():
@@ -274,7 +274,7 @@ def test_a_perfect_model_passes(capsys):
   rows = table(capsys.readouterr().out)
   assert len(rows) == 6
   assert rows["caption, exact match"] == (30, 1, False) and rows["detect, all boxes right"][:2] == (30, 1)
-  assert .98 < rows["detect, mean IoU"][1] <= 1
+  assert .97 < rows["detect, mean IoU"][1] <= 1
   assert {c[:2] for c in model.calls} == {(shapes.BATCH, shapes.BATCH)} and len({c[2] for c in model.calls}) == 1
 
 @pytest.mark.parametrize("spoil,row", [
