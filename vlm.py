@@ -501,7 +501,7 @@ def widen(t):
   return (t.cast(dtypes.uint32) << 16).bitcast(dtypes.float32) if t.dtype == dtypes.uint16 else t.float()
 
 def round_to(value, dtype):
-  """A float -> the nearest value of the weights' type; int8 ones are multiples of float32."""
+  """A float -> the nearest value of the weights' type. Of int8 weights it is float32, as their scales are."""
   return truncate[{dtypes.uint16: dtypes.bfloat16, dtypes.int8: dtypes.float32}.get(dtype, dtype)](value)
 
 def canonical(name):

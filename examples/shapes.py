@@ -31,8 +31,9 @@ GAP = .06                      # least distance of two centres in x, in widths: 
 CLEAR, NEAR = 1.4, .10         # see sides()
 SHARED = .20                   # a shape has at most this much of its area in common with others
 PLACES = 128                   # see locations()
-ABSENT = .15                   # how often an entry of a detect prompt is not in the picture
-MIX = {"caption": .35, "detect": .35, "how many": .06, "color": .10, "relation": .36}
+ABSENT, OFTEN = .15, .40       # how often an entry of a detect prompt is not in the picture: measured, trained
+# Weights of the kinds of question. To find what a prompt names is learnt last, so that is asked most.
+MIX = {"caption": .25, "detect": .70, "how many": .06, "color": .20, "relation": .25}
 BATCH, MAX_TOKENS = 25, 40     # of --eval, constant so that a model compiles once; four boxes are 27 tokens
 
 
@@ -239,7 +240,7 @@ def locations(box, width, height):
   return "".join(f"<loc{n:04d}>" for n in (places * 1023).round().astype(int))
 
 
-def detect(scene, rng, asked=()):
+def detect(scene, rng, asked=(), absence=ABSENT):
   """A random (prefix, suffix) not in `asked`, for one to three names or shapes, some of them absent. The answer has the
   order of the prompt, and left to right within a label; absent labels are left out, so it may be empty."""
   names = rng.random() < .6  # "red circle", otherwise "circle"
@@ -249,11 +250,11 @@ def detect(scene, rng, asked=()):
     absent = [label for label in absent if label.split()[1] in [obj.shape for obj in scene.objects]]
   labels = []
   for _ in range(rng.choice(3, p=(.55, .35, .10)) + 1):
-    if pool := absent if absent and rng.random() < ABSENT else present:
+    if pool := absent if absent and rng.random() < absence else present:
       labels.append(pool.pop(rng.integers(len(pool))))
   found = [f"{locations(obj.box, *scene.image.size)} {label}" for label in labels for obj in wanted(scene, label)]
   question = "detect " + " ; ".join(labels), " ; ".join(found)
-  return detect(scene, rng, asked) if question in asked else question
+  return detect(scene, rng, asked, absence) if question in asked else question
 
 
 def tasks(scene, rng):
@@ -275,7 +276,7 @@ def examples(seed, i, k, most=4):
   asked = []
   for kind in np.searchsorted(edges, steps):
     pool = pools.get(kinds[kind])  # none for detect; an emptied one also becomes a detect question
-    asked.append(pool.pop(rng.integers(len(pool))) if pool else detect(drawn, rng, asked))
+    asked.append(pool.pop(rng.integers(len(pool))) if pool else detect(drawn, rng, asked, OFTEN))
   return drawn.image, asked
 
 

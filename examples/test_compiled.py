@@ -143,6 +143,17 @@ def test_two_processes_at_once(tmp_path):
   assert {f.suffix for f in (tmp_path / "vlm").iterdir()} <= {".program", ""}
 
 
+@pytest.mark.parametrize("device", ["CPU:LLVM", "CPU:X86"])
+def test_other_compilers_answer_the_same(device, tmp_path):
+  command = [sys.executable, "vlm.py", "examples/shapes.png", PROMPT, "--weights", "weights/tiny1", "--max-tokens", "6",
+             "--json", "--quiet"]
+  runs = {dev: subprocess.run(command, cwd=ROOT, env=os.environ | {"DEV": dev, "XDG_CACHE_HOME": str(tmp_path)},
+                              capture_output=True, text=True) for dev in ("CPU", device)}
+  if "cannot be used here" in runs[device].stderr:
+    pytest.skip(f"{device} is not to be had here")
+  assert len({json.dumps(json.loads(run.stdout)["tokens"]) for run in runs.values()}) == 1
+
+
 # ---- Quantised weights ----
 
 # Root mean square error of the logits, in their standard deviations. Of a normal weight, int8 rounds off about 0.006

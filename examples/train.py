@@ -28,7 +28,7 @@ from tokenizer import LOC, Tokenizer
 from vlm import Fault
 
 REPORTS = 40   # times in a run: held-out loss, a sample answer, a checkpoint
-QUESTIONS = 2  # a toy picture is asked so many questions at once: SigLIP runs once for all of them
+QUESTIONS = 4  # a toy picture is asked so many at once: SigLIP runs once for all, and what is asked has to be heeded
 TOY = {
   "model_type": "paligemma", "architectures": ["PaliGemmaForConditionalGeneration"], "dtype": "float32",
   "note": "this is the toy: it knows only pictures like examples/shapes.png (real weights: see README.md)",
