@@ -301,7 +301,7 @@ from tinygrad.helpers import Context
 parser = argparse.ArgumentParser()
 train.add_arguments(parser)
 with tempfile.TemporaryDirectory() as folder:
-  args = parser.parse_args(["--train", "--save", folder])
+  args = parser.parse_args(["--train", "--steps", "100", "--save", folder])
   args.quiet = True
   run = train.Run(args)
   batch = run.trainer.batch(*run.data.batch(0), run.data.text)

@@ -488,7 +488,7 @@ def add_arguments(parser):
   t.add_argument("--train", nargs="?", const="", metavar="DATA", help="a folder with data.jsonl; none: the toy world")
   t.add_argument("--init", metavar="DIR", help="checkpoint to start from (default: random weights)")
   t.add_argument("--save", metavar="DIR", help="where it goes (default: weights/trained)")
-  t.add_argument("--steps", type=int, default=2000, metavar="N", help="updates (default: %(default)s)")
+  t.add_argument("--steps", type=int, metavar="N", help="updates (default: 24000, of a data folder 2000)")
   t.add_argument("--batch", type=int, default=32, metavar="B", help="questions an update (default: %(default)s)")
   t.add_argument("--lr", type=float, default=1e-3, metavar="R", help="highest learning rate (default: %(default)s)")
   t.add_argument("--train-only", default="all", choices=PARTS, help="freeze the rest")
@@ -506,6 +506,8 @@ def run(args):
   if args.quantize:
     raise Fault("--quantize is for finished weights; leave out --train")
   args.save = args.save or "weights/trained"
+  if args.steps is None:
+    args.steps = 2000 if args.train else 24000
   for wrong, message in ((args.steps < 1, "--steps: at least 1"), (args.batch < 1, "--batch: at least 1"),
                          (not 0 < args.lr < math.inf, "--lr: above 0")):
     if wrong:
