@@ -31,9 +31,9 @@ GAP = .06                      # least distance of two centres in x, in widths: 
 CLEAR, NEAR = 1.4, .10         # see sides()
 SHARED = .20                   # a shape has at most this much of its area in common with others
 PLACES = 128                   # see locations()
-ABSENT, OFTEN = .15, .40       # how often an entry of a detect prompt is not in the picture: measured, trained
+ABSENT, OFTEN = .15, .25       # how often an entry of a detect prompt is not in the picture: measured, trained
 # Weights of the kinds of question. To find what a prompt names is learnt last, so that is asked most.
-MIX = {"caption": .25, "detect": .70, "how many": .06, "color": .20, "relation": .25}
+MIX = {"caption": .20, "detect": 1.1, "how many": .08, "color": .16, "relation": .16}
 BATCH, MAX_TOKENS = 25, 40     # of --eval, constant so that a model compiles once; four boxes are 27 tokens
 
 
