@@ -16,6 +16,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "examples"))
+import draw
 import shapes
 import vlm
 
@@ -357,3 +358,10 @@ def test_the_toy_answers_right_for_the_example_pictures():
 def test_the_toy_meets_the_table(capsys):
   """On a fifth of the scenes that README.md's table is of: those are .ci/run's."""
   assert shapes.evaluate(vlm.load(TOY), 100), capsys.readouterr().out
+
+def test_the_picture_of_the_readme_is_what_the_toy_draws():
+  picture = ROOT / "examples" / "shapes.png"
+  [answer] = vlm.load(TOY).generate([picture], ["detect red circle ; yellow star"])
+  drawn = draw.draw_boxes(vlm.open_image(picture), answer.boxes)
+  assert len(answer.boxes) == 2
+  assert np.array_equal(np.asarray(drawn), np.asarray(Image.open(ROOT / "examples" / "shapes-boxes.png").convert("RGB")))
