@@ -1072,7 +1072,7 @@ def test_readme_map_is_the_file():
   assert re.findall(r"^\| (\d+\. [^|]*?) \|", README, flags=re.M) == banners
 
 LESS = {  # what is done to a command that takes minutes, or wants a downloaded checkpoint or transformers
-  r"--train$": "--train --save short --steps 0", r"--steps \d+": "--steps 2 --batch 4", r"(--save|--init) weights/": r"\1 ",
+  r"vlm.py --train$": r"\g<0> --save short --steps 0", r"--steps \d+": "--steps 2 --batch 4", r"(--save|--init) weights/": r"\1 ",
   r"weights/paligemma-3b-mix-224": "weights/tiny1", r" --vs transformers --python \S+": "", r"bench.py weights.*": r"\g<0> "
   "--repeat 1", r"--sides.*": "--sides 56 112", r"--eval": "--eval --scenes 100"}
 
