@@ -45,7 +45,7 @@ WEIGHTS, KINDS = ROOT / "weights", ("tiny1", "tiny2", "tiny2-28b")
 TOLERANCE = {"vision": 1e-4, "projected": 1e-4, "logits": 1e-4}
 ROUNDING = 2e-5  # the same sums in another order, in standard deviations
 # With the processor's bfloat16 instructions a matmul's input is rounded to 8 bits as well: 2^-9 an element, measured to
-# come to 0.02 in the logits of the tiny models. vlm.PORTABLE turns those instructions off; then the rest must be exact.
+# come to 0.02 in the logits of the tiny models. vlm.kernels.PORTABLE turns those instructions off; then the rest must be exact.
 BFLOAT16 = 0.05
 compiled.KEPT = 0  # tests put functions of their own into a model; those of test_compiled.py keep programs
 SHORT, LONG = "detect cat ; dog", golden.PROMPTS[2]
@@ -586,7 +586,7 @@ def test_number_types(dtype, factor, folder, monkeypatch):
     wide = {n: a.astype(np.float32) for n, a in small.items()}
   tolerance = BFLOAT16 if dtype == "BF16" else ROUNDING
   fast = vlm.load(folder(small)).logits(pixels()[0], SHORT)
-  monkeypatch.setattr(vlm, "PORTABLE", True, raising=False)
+  monkeypatch.setattr(vlm.kernels, "PORTABLE", True, raising=False)
   (got,), got_logits = run(vlm.load(folder(small)), [pixels()[0]], [SHORT], max_tokens=8)
   monkeypatch.setattr(vlm, "round_to", lambda value, dtype: factor)
   (right,), right_logits = run(vlm.load(folder(wide)), [pixels()[0]], [SHORT], max_tokens=8)
@@ -1107,7 +1107,7 @@ LIVE = [(False, "float32"), (True, "float32"), (True, "bfloat16"), (False, "floa
 
 @pytest.mark.parametrize("gemma2,dtype", LIVE)
 def test_live_models(gemma2, dtype, live_seed, tmp_path, monkeypatch):
-  monkeypatch.setattr(vlm, "PORTABLE", True, raising=False)  # see BFLOAT16
+  monkeypatch.setattr(vlm.kernels, "PORTABLE", True, raising=False)  # see BFLOAT16
   rng = np.random.default_rng([live_seed, gemma2, len(dtype)])
   config = golden.random_config(rng, gemma2)
   note = f"VLM_SEED={live_seed} {config}"
@@ -1127,7 +1127,7 @@ def test_live_models(gemma2, dtype, live_seed, tmp_path, monkeypatch):
     assert tokens[row] == whole[:whole.index(1) if 1 in whole else None], note  # golden.py goes on after the end
     assert differ(m.logits(images[row], prompts[row]), right[row]["logits"][row]) < TOLERANCE["logits"], note
   if dtype == "bfloat16":  # as it runs by default: nearer to float32 than transformers' own bfloat16
-    monkeypatch.setattr(vlm, "PORTABLE", False, raising=False)
+    monkeypatch.setattr(vlm.kernels, "PORTABLE", False, raising=False)
     half = golden.reference(golden.load(tmp_path, dtype), images, m.tokenizer.prompt(prompts[0]), tokens=1)["logits"]
     mine = np.stack([fresh(m).logits(image, prompts[0]) for image in images])
     assert differ(mine, right[0]["logits"]) < differ(half, right[0]["logits"]), note

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tinygrad import Tensor, TinyJit, UOp, dtypes
 from tinygrad.dtype import truncate
-from tinygrad.helpers import CPU_COUNT, DEV
+from tinygrad.helpers import DEV
 from tinygrad.nn.state import get_state_dict
 
 from tokenizer import Tokenizer, parse_boxes
@@ -134,12 +134,16 @@ class LayerNorm:
   def __init__(self, width, eps):
     self.weight, self.bias, self.eps = Tensor.empty(width), Tensor.empty(width), eps
   def __call__(self, x):
+    if fused(x):
+      return kernels.by_row("norm", {"x": x, "b": self.weight, "bias": self.bias}, EPS=self.eps)
     return x.layernorm(eps=self.eps) * widen(self.weight) + widen(self.bias)
 
 class RMSNorm:
   def __init__(self, width, eps):
     self.weight, self.eps = Tensor.empty(width), eps
   def __call__(self, x):
+    if fused(x):
+      return kernels.by_row("norm", {"x": x, "b": self.weight}, EPS=self.eps)
     # 1 + weight: Gemma stores the distance from one, so that a weight of zero changes nothing.
     return x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt() * (1 + widen(self.weight))
 
@@ -150,13 +154,15 @@ def attention(q, k, v, scale, mask=None, softcap=0.0):
   Query head h reads key/value head h // (H / K). Logits and softmax in float32: bfloat16 ones move the argmax."""
   B, H, T, d = q.shape
   K, C = k.shape[1:3]
+  if T == 1 and fused(q):
+    return kernels.attend(q, k, v, scale, mask, softcap)
   if T > CHUNK and not Tensor.training:  # a few queries at a time, or memory would grow with the square of the picture
     parts = [(q[:, :, i:i + CHUNK], mask if mask is None or mask.shape[3] == 1 else mask[:, :, :, i:i + CHUNK])
              for i in range(0, T, CHUNK)]
     return Tensor.cat(*[attention(part, k, v, scale, seen, softcap) for part, seen in parts], dim=1)
   logits = matmul(q.reshape(B, K, H // K * T, d), k, batched=True)  # (B, K, H / K * T, C)
   if softcap:  # before the mask: -inf would become -softcap
-    logits, scale = ((logits * (scale / softcap)).tanh() * softcap).contiguous(), 1.0
+    logits, scale = soft_cap(logits, softcap, scale), 1.0
   if mask is not None:
     logits = mask.expand(B, 1, H // K, T, C).reshape(B, 1, H // K * T, C).where(logits, -math.inf)
   weights, total = softmax(logits, scale)
@@ -268,7 +274,7 @@ class Gemma:
   def logits(self, x):
     """(B, D) -> (B, V), with the embedding matrix as the head."""
     logits, cap = matmul(x, self.embed_tokens.weight), self.config.final_softcap
-    return (logits / cap).tanh() * cap if cap else logits
+    return soft_cap(logits, cap) if cap else logits
 
 class PaliGemma:
   """All weights. Attribute names are the checkpoint's, so a weight's path here is its name in the file."""
@@ -289,20 +295,20 @@ def layout(lengths, image_tokens, T, C):
   return np.where(image, slots + pad, np.where(padding, NOWHERE, slots)).astype(np.int32)
 
 class Cache:
-  """A static KV cache: one (2, B, K, C, d) tensor a layer. Never grows, so one compiled step serves every token."""
+  """A static KV cache: k and v (B, K, C, d) for each layer. Never grows, so one compiled step serves every token."""
   def __init__(self, c, B, C, device):
-    shape = (2, B, c.kv_heads, C, c.head_dim)
-    self.layers = [upload(np.zeros(shape, np.float32), device) for _ in range(c.layers)]
+    nothing = np.zeros((B, c.kv_heads, C, c.head_dim), np.float32)
+    self.layers = [[upload(nothing, device) for _ in "kv"] for _ in range(c.layers)]
     self.rope = [upload(t, device) for t in rope_table(c, np.arange(C))]
     self.token = upload(np.zeros(B, np.int32), device)  # the last one of each row
   def stores(self, start, length, seen):
     """For each layer a function that writes new k and v (B, K, length, d) into the slots from `start` and returns the
     first `seen` slots of all k and v."""
-    def store(cache, k, v):
-      slots = cache[:, :, :, start:start + length]
-      written = Tensor(cache.uop.after(slots.uop.store(k.stack(v).uop)))  # reading this waits for the write
-      return written[0, :, :, :seen], written[1, :, :, :seen]
-    return [functools.partial(store, cache) for cache in self.layers]
+    def store(caches, *new):
+      stores = [cache[:, :, start:start + length].uop.store(x.uop) for cache, x in zip(caches, new)]
+      # What is read is the cache after its write.
+      return [Tensor(cache.uop.after(write))[:, :, :seen] for cache, write in zip(caches, stores)]
+    return [functools.partial(store, caches) for caches in self.layers]
 
 def choose(logits):
   """(B, V) -> (B,) int32: the likeliest token, or -1 where a logit is NaN."""
@@ -349,7 +355,7 @@ class VLM:
     if key in self.programs:
       return self.programs[key](*inputs)
     buffers = get_state_dict(self.net) | get_state_dict(cache, "cache")
-    file = compiled.place(self.device, key, vars(self.config), PORTABLE, buffers)
+    file = compiled.place(self.device, key, vars(self.config), kernels.PORTABLE, buffers)
     program, result = compiled.read(file, buffers, inputs)  # what an earlier process has captured
     if program is None:
       if key[0] != "decode":  # by then the answer has begun, on the line that this would clear
@@ -602,69 +608,46 @@ def load(folder, device=None, max_context=None, bits=None):
 
 # ---- 10. Kernels ----
 # On a CPU, tinygrad's own matmul reaches 46 GFLOPS in float32 and 3 in bfloat16 (two Zen 4 cores). The C in
-# examples/kernels.c works on the weights as they lie in the file, in bfloat16 at 80 to 89 % of the peak that a busy
-# machine had in the same run (two Zen 5 cores, 264 rows), and for one row at 91 to 96 % of the memory's speed. Other
-# devices multiply the ordinary way.
-PORTABLE = False  # True, in tests: without AVX512-BF16 instructions, as on other CPUs
-FORMATS = {dtypes.float32: 32, dtypes.float16: 16, dtypes.uint16: 16, dtypes.int8: 8, dtypes.uint8: 4}  # bits
+# examples/kernels.c, which examples/kernels.py makes kernels of tinygrad's, works on the weights as they lie in the
+# file, in bfloat16 at 80 to 89 % of the peak that a busy machine had in the same run (two Zen 5 cores, 264 rows), and
+# for one row at 91 to 96 % of the memory's speed. Other devices compute the ordinary way.
 
 def matmul(a, b, kind="nt", batched=False):
   """a @ b.T ("nt": a Linear), a @ b ("nn") or a.T @ b ("tn") of the last two dimensions; leading ones are a batch, or
   more rows. A float32 b is exact and has a gradient; others round a to bfloat16 where the CPU multiplies that."""
-  if not compiled.in_c(a.device):
-    if kind == "tn" and not batched:
-      a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
-    b = widen(b)
-    return (a.transpose(-1, -2) if kind == "tn" else a) @ (b.transpose(-1, -2) if kind == "nt" else b)
-  lead, bits = a.shape[:-2] if batched else (), FORMATS[b.dtype]
-  Z, rows, cols = math.prod(lead), math.prod(a.shape[len(lead):-1]), a.shape[-1]
-  (I, K), J = (cols, rows) if kind == "tn" else (rows, cols), b.shape[-2 if kind == "nt" else -1]
-  out = Tensor.invalids(*((*lead, I, J) if kind == "tn" else (*a.shape[:-1], J)), dtype=dtypes.float32, device=a.device)
-  outs, rounded = {"out": out}, b.dtype in (dtypes.uint16, dtypes.int8, dtypes.uint8) and not PORTABLE
-  if rounded:  # a in bfloat16, once for each core
-    shape = CPU_COUNT.value, I, -(-K // 32) * 16 + 16
-    outs["scratch"] = Tensor.invalids(*shape, dtype=dtypes.int32, device=a.device)
-  defines = {"BATCH": Z, "I": I, "J": J, "K": K, "A_T": int(kind == "tn"), "B_T": int(kind == "nt"), "BITS": bits,
-             "FLOAT16": int(b.dtype == dtypes.float16), "ROUNDED": int(rounded), "FEW": 8 * (kind == "nt" and Z <= 1)}
-  def backward(grad, call):
-    d, a, b, *scale = Tensor(grad), *map(Tensor, call.src[1 + len(outs):])
-    if bits < 32:  # a frozen weight passes the gradient on
-      weight = widen(Packed(b, *scale, K) if scale else b)
-      return *[None] * len(outs), matmul(d, weight, "nn").uop, *[None] * (1 + len(scale))
-    ways = {"nt": ((d, b, "nn"), (d, a, "tn")), "nn": ((d, b, "nt"), (a, d, "tn")), "tn": ((b, d, "nt"), (a, d, "nn"))}
-    return None, *(matmul(*way, batched).uop for way in ways[kind])
-  name = f"matmul_{kind}_{b.dtype.name}_{Z}_{I}_{J}_{K}"
-  return compiled.c_kernel(name, defines, outs, {"x": a, "b": b}, Z * I * J * K, backward)
+  if compiled.in_c(a.device):
+    return kernels.matmul(a, b, kind, batched)
+  if kind == "tn" and not batched:
+    a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
+  b = widen(b)
+  return (a.transpose(-1, -2) if kind == "tn" else a) @ (b.transpose(-1, -2) if kind == "nt" else b)
 
 def rows(w, ids):
   """Rows ids (B, T) of w (V, D) -> (B, T, D) float32."""
-  if not compiled.in_c(ids.device):
-    return widen(w[ids])
-  I, K = ids.numel(), w.shape[1]
-  defines = {"ROWS": 1, "I": I, "J": 1, "K": K, "BITS": FORMATS[w.dtype], "FLOAT16": int(w.dtype == dtypes.float16),
-             "BATCH": 1, "A_T": 0, "B_T": 1}
-  outs = {"out": Tensor.invalids(*ids.shape, K, dtype=dtypes.float32, device=ids.device)}
-  return compiled.c_kernel(f"rows_{w.dtype.name}_{I}_{K}", defines, outs, {"ids": ids, "b": w}, I * K)
+  return kernels.rows(w, ids) if compiled.in_c(ids.device) else widen(w[ids])
 
-def by_row(name, srcs, **defines):
-  """A kernel from each row of x (.., K) to a row of the result, which may not be differentiated."""
-  x, I, K = srcs["x"], math.prod(srcs["x"].shape[:-1]), srcs["x"].shape[-1]
-  out = Tensor.invalids(*x.shape, dtype=dtypes.float32, device=x.device)
-  return compiled.c_kernel(f"{name}_{I}_{K}", {"I": I, "K": K, "BITS": 32, **defines}, {"out": out}, srcs, 16 * I * K)
+def fused(x):
+  """Whether what follows, and the attention of one token, is C: on a CPU, where nothing is differentiated."""
+  return compiled.in_c(x.device) and not Tensor.training
 
 def softmax(x, scale):
   """softmax(x * scale) of (.., C), as weights and a total (.., 1) to divide by: after a product that is less work."""
-  if compiled.in_c(x.device) and not Tensor.training:
-    return by_row("softmax", {"x": x}, SOFTMAX=1, SCALE=scale), Tensor.ones(*x.shape[:-1], 1, device=x.device)
+  if fused(x):
+    return kernels.by_row("softmax", {"x": x}, SCALE=scale), Tensor.ones(*x.shape[:-1], 1, device=x.device)
   # contiguous: fused into the product or the sum, every exponential would be computed again for each of their terms
   weights = ((x - x.max(-1, keepdim=True).detach()) * scale).exp().contiguous()
   return weights, weights.sum(-1, keepdim=True)
 
+def soft_cap(x, cap, scale=1.0):
+  """cap * tanh(x * scale / cap): nearly x * scale, but never beyond cap."""
+  if fused(x):
+    return kernels.by_row("soft_cap", {"x": x}, SCALE=scale, CAP=cap)
+  return ((x * (scale / cap)).tanh() * cap).contiguous()
+
 def gelu(x, times=None):
   """GELU in the form with tanh, times another tensor of its shape."""
-  if compiled.in_c(x.device) and not Tensor.training:
-    srcs = {"x": x} if times is None else {"x": x, "b": times}
-    return by_row("gelu", srcs, GELU=len(srcs))
+  if fused(x):
+    return kernels.by_row("gelu", {"x": x} if times is None else {"x": x, "b": times})
   return (x.gelu() if times is None else x.gelu() * times).contiguous()
 
 # ---- 11. Command line ----
@@ -793,6 +776,7 @@ sys.modules["vlm"] = sys.modules[__name__]
 sys.path.append(str(Path(__file__).with_name("examples")))
 import compiled  # noqa: E402
 import draw  # noqa: E402
+import kernels  # noqa: E402
 import quantize  # noqa: E402
 import train  # noqa: E402
 

@@ -85,7 +85,8 @@ def c_kernel(name, defines, outs, srcs, work, backward=None, code=None):
   if isinstance(srcs.get("b"), Packed):
     srcs = srcs | {"b": srcs["b"].data, "scale": srcs["b"].scale}
   cores = CPU_COUNT.value if work > 1 << 20 else 1  # a second core costs 20 us a kernel: Python's queues
-  types = {"x": "const float", "ids": "const int", "b": "const char", "scale": "const float", "scratch": "int"}
+  types = {"x": "const float", "ids": "const int", "b": "const char", "scale": "const float", "scratch": "int",
+           "values": "const float", "seen": "const char", "bias": "const char"}
   args = "".join(f"{types[arg]} *restrict {arg}, " for arg in [*list(outs)[1:], *srcs])
   defines = {"ARGS": args, "CORES": cores, "ROUNDED": 0, "FLOAT16": 0, "FEW": 8} | defines
   source = "".join(f"#define {k} {v}\n" for k, v in defines.items()) + (code or c_source())
@@ -110,7 +111,7 @@ def place(device, *shaped_by):
   machine = str(renderer.target), CPU_COUNT.value, os.environ.get("CC"), platform.platform(), processor()
   for part in (*shaped_by[:-1], tensors, type(renderer), machine, importlib.metadata.version("tinygrad")):
     known.update(repr(part).encode())
-  for source in ("vlm.py", "examples/kernels.c", "examples/compiled.py"):
+  for source in ("vlm.py", *(f"examples/{name}" for name in ("kernels.c", "kernels.py", "compiled.py"))):
     known.update((root / source).read_bytes())
   return CACHE / f"{known.hexdigest()[:32]}.program"
 

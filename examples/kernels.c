@@ -1,12 +1,17 @@
-// Kernels for the CPU: vlm.py (section "Kernels") puts the #defines before this and hands it to tinygrad, which
-// compiles it, runs `kernel` once for each core_id and captures it in its JITs like a kernel of its own. First of all a
-// product:
+// Kernels for the CPU: kernels.py puts #defines before this and hands it to tinygrad, which compiles it, runs `kernel`
+// once for each core_id and captures it in its JITs like a kernel of its own. One of these is defined:
 //
-//   out (I, J) = x (I, K) @ b (K, J), BATCH times. A_T, B_T: x, b stored transposed, as a weight is in its file (B_T).
-//   BITS: of a number of b: 32 and 16 are floats (FLOAT16, else bfloat16), 8 and 4 integers with a scale for a row of b
-//   or for 32 of its numbers. ROUNDED: x may be rounded to bfloat16. FEW: up to so many rows of x b is read in place.
-//   ROWS: no product but a look-up, out (I, K) = rows ids (I,) of b.
-//   SOFTMAX: none but out = softmax(x * SCALE) of each row of x (I, K). GELU: gelu(x), and times b (I, K) if GELU is 2.
+//   MATMUL: out (I, J) = x (I, K) @ b (K, J), BATCH times. A_T, B_T: x, b stored transposed, as a weight is in its file
+//     (B_T). BITS: of a number of b: 32 and 16 are floats (FLOAT16, else bfloat16), 8 and 4 integers with a scale for a
+//     row of b or for 32 of its numbers. ROUNDED: x may be rounded to bfloat16. FEW: up to so many rows of x b is read
+//     in place.
+//   ROWS: out (I, K) = rows ids (I,) of b.
+//   SOFTMAX, SOFT_CAP, GELU, NORM: of each row of x (I, K): softmax(x * SCALE); CAP * tanh(x * SCALE / CAP); gelu(x), and
+//     times b (I, K) if GELU is 2; RMSNorm with weights b if NORM is 2, LayerNorm with b and bias if it is 3.
+//   ATTEND: out (I, K) = softmax(x keys^T * SCALE, with CAP if not 0) values: QUERIES rows of x for each head of b, the
+//     keys, and of values, both (SLOTS, K); HEADS of them share a row of seen (SLOTS).
+//
+// The product:
 //
 // A panel of b, PC lanes of K x 2 vectors of J, is packed where the first-level cache holds it, and serves all tiles of
 // MR rows of x. A tile's sums are vectors along J: nothing is added across lanes. Weights are transposed while they are
@@ -127,7 +132,14 @@ INLINE void store(float *o, vec v, int n, int add, const float *scale) {
     *(vec *)o = scale ? v * *(vec *)scale : v;
   } else for (int j = 0; j < n; j++) o[j] = (add ? o[j] + v[j] : v[j]) * (scale ? scale[j] : 1);
 }
-#if SOFTMAX || GELU  // tinygrad's own exponential takes 1.5 ns on two cores, this 0.1
+#if !MATMUL && !ROWS
+#ifndef SCALE
+#define SCALE 1
+#endif
+#ifndef CAP
+#define CAP 0
+#endif
+// tinygrad's own exponential takes 1.5 ns a number on two cores, a softmax with this 0.25
 #define SELECT(yes, a, b) (vec)(((yes) & (ints)((vec){0} + (a))) | (~(yes) & (ints)((vec){0} + (b))))
 INLINE vec exponential(vec x) {
   x = SELECT(x < -87, -87.f, SELECT(x > 88, 88.f, x));  // comparisons that let NaN through
@@ -138,6 +150,74 @@ INLINE vec exponential(vec x) {
   const vec p = 1 / 6.f + x * (1 / 24.f + x * (1 / 120.f + x * (1 / 720.f + x / 5040)));
   return (1 + x * (1 + x * (1 / 2.f + x * p))) * (vec)((whole + 127) << 23);
 }
+INLINE vec capped(vec x) {
+  x *= (float)SCALE;
+  const float cap = CAP;
+  return cap > 0 ? cap - 2 * cap / (1 + exponential(x * (2 / cap))) : x;  // by tanh
+}
+INLINE float total(vec v) {
+  float sum = 0;
+  UNROLL for (int r = 0; r < W; r++) sum += v[r];
+  return sum;
+}
+#endif
+#if ATTEND
+#define BLOCK 32  // slots at a time; what was summed is scaled down when a larger logit turns up
+#define U (K % (4 * W) ? 1 : 4)
+INLINE vec row(const float *p, int slot, int k) {
+  char copy[4 * W];
+  return *(vec *)at(p + (long)slot * K, k, 4, copy);
+}
+__attribute__((no_builtin)) void kernel(float *restrict out, ARGS const int core_id) {
+  const int end = (long)I * (core_id + 1) / CORES;
+  for (int i = (long)I * core_id / CORES, n; i < end; i += n) {  // the n queries of one head that this core has
+    const int head = i / QUERIES;
+    n = MIN(end, (head + 1) * QUERIES) - i;
+    const float *keys = (const float *)b + (long)head * SLOTS * K, *vs = values + (long)head * SLOTS * K;
+    const char *mask = seen + (long)head / HEADS * SLOTS;
+    float top[QUERIES], sums[QUERIES], p[QUERIES][BLOCK];
+    for (int q = 0; q < n; q++) top[q] = -1e30f, sums[q] = 0;
+    for (int k = 0; k < n * K; k++) out[(long)i * K + k] = 0;
+    for (int c = 0; c < SLOTS; c += BLOCK) {
+      int yes[BLOCK], any = 0;
+      for (int s = 0; s < BLOCK; s++) any |= yes[s] = c + s < SLOTS && mask[c + s];
+      if (!any) continue;
+      for (int s = 0; s < BLOCK; s += W) for (int q = 0; q < n; q++) {
+        vec logits[W] = {{0}};
+        for (int r = 0; r < W; r++) if (yes[s + r]) {
+          vec sum[U] = {{0}};
+          for (int k = 0; k < K; k += U * W)
+            UNROLL for (int u = 0; u < U; u++) sum[u] += row(x, i + q, k + u * W) * row(keys, c + s + r, k + u * W);
+          UNROLL for (int u = 0; u < U; u++) logits[r] += sum[u];
+        }
+        transpose(logits);
+        UNROLL for (int r = 1; r < W; r++) logits[0] += logits[r];
+        *(vec *)(p[q] + s) = capped(logits[0]);
+      }
+      for (int q = 0; q < n; q++) {
+        float most = top[q];
+        vec sum = {0};
+        for (int s = 0; s < BLOCK; s++) {
+          if (!yes[s]) p[q][s] = -1e30f;
+          most = p[q][s] > most ? p[q][s] : most;
+        }
+        for (int s = 0; s < BLOCK; s += W) sum += *(vec *)(p[q] + s) = exponential(*(vec *)(p[q] + s) - most);
+        const float keep = exponential((vec){0} + (top[q] - most))[0];
+        sums[q] = sums[q] * keep + total(sum);
+        top[q] = most;
+        for (int k = 0; k < K; k += U * W) {
+          vec o[U];
+          UNROLL for (int u = 0; u < U; u++) o[u] = row(out, i + q, k + u * W) * keep;
+          for (int s = 0; s < MIN(BLOCK, SLOTS - c); s++)
+            UNROLL for (int u = 0; u < U; u++) o[u] += row(vs, c + s, k + u * W) * p[q][s];
+          UNROLL for (int u = 0; u < U; u++) store(out + (i + q) * (long)K + k + u * W, o[u], K - k - u * W, 0, 0);
+        }
+      }
+    }
+    for (int q = 0; q < n; q++) for (int k = 0; k < K; k++) out[(i + q) * (long)K + k] /= sums[q];
+  }
+}
+#elif !MATMUL && !ROWS
 INLINE vec part(const float *x, long n) {  // the last ones of a row are followed by -inf
   if (n >= W) return *(vec *)x;
   float copy[W];
@@ -150,23 +230,47 @@ __attribute__((no_builtin)) void kernel(float *restrict out, ARGS const int core
     float *o = out + i * K;
 #if SOFTMAX
     vec most = (vec){0} - __builtin_inff(), sum = {0};
-    float top = most[0], total = 0;
+    float top = most[0];
     for (int k = 0; k < K; k += W) { vec v = part(row + k, K - k); most = SELECT(v > most, v, most); }
     for (int r = 0; r < W; r++) top = most[r] > top ? most[r] : top;
     for (int k = 0; k < K; k += W) {
-      vec v = exponential((part(row + k, K - k) - top) * (float)SCALE);
+      vec v = exponential(capped(part(row + k, K - k) - top));
       store(o + k, v, K - k, 0, 0);
       sum += v;  // what follows the last ones is 1e-38
     }
-    for (int r = 0; r < W; r++) total += sum[r];
-    for (int k = 0; k < K; k += W) store(o + k, part(o + k, K - k) / total, K - k, 0, 0);
+    const float all = total(sum);
+    for (int k = 0; k < K; k += W) store(o + k, part(o + k, K - k) / all, K - k, 0, 0);
+#elif NORM
+    char copy[4 * W];
+    vec sum = {0}, squares = {0};
+    for (int k = 0; k < K; k += W) sum += *(vec *)at(row, k, 4, copy);
+    const float mean = NORM == 3 ? total(sum) / K : 0;
+    for (int k = 0; k < K; k += W) {
+      vec v = *(vec *)at(row, k, 4, copy) - mean;
+      for (int r = K - k; r < W; r++) v[r] = 0;
+      squares += v * v;
+    }
+    const float scale = 1 / __builtin_sqrtf(total(squares) / K + (float)EPS);
+    for (int k = 0; k < K; k += W) {
+      vec y = (*(vec *)at(row, k, 4, copy) - mean) * scale;
+#if NORM == 3
+      y = y * load(b, 0, 0, k) + load(bias, 0, 0, k);
+#else
+      y *= 1 + load(b, 0, 0, k);
+#endif
+      store(o + k, y, K - k, 0, 0);
+    }
 #else
     for (int k = 0; k < K; k += W) {
       const vec v = part(row + k, K - k);
+#if SOFT_CAP
+      vec y = capped(v);
+#else
       const vec z = v * (1.59576912f + .0713548163f * v * v);  // 2 sqrt(2 / pi) (v + .044715 v^3)
       vec y = v / (1 + exponential(-z));
 #if GELU == 2
       y *= part((const float *)b + i * K + k, K - k);
+#endif
 #endif
       store(o + k, y, K - k, 0, 0);
     }

@@ -165,7 +165,7 @@ WORST = {"int8": 0.006 * 5.5 * 1.5, "int4": 0.08 * 5.5}
 @pytest.mark.parametrize("bits", ["int8", "int4"])
 def test_logits_of_quantised_weights(kind, bits, monkeypatch):
   """Exactly those of float weights with the values that the numbers stand for; near those of the checkpoint."""
-  monkeypatch.setattr(vlm, "PORTABLE", True)
+  monkeypatch.setattr(vlm.kernels, "PORTABLE", True)
   folder = ROOT / "weights" / kind
   packed, plain, same = vlm.load(folder, bits=bits), vlm.load(folder), vlm.load(folder)
   for path, weight in get_state_dict(same.net).items():

@@ -1,4 +1,4 @@
-"""Tests of the CPU kernels (vlm.py section 10, kernels.c) against numpy and against plain tinygrad."""
+"""Tests of the CPU kernels (vlm.py section 10, kernels.py, kernels.c) against numpy and against plain tinygrad."""
 import os
 import subprocess
 import sys
@@ -51,13 +51,13 @@ def error(out, x, w):
 
 def limit(kind):
   """Rounding x to bfloat16 is up to 2^-9 an element; all else is float32's own rounding."""
-  return 5e-6 if kind in ("float32", "float16") or vlm.PORTABLE else 0.02
+  return 5e-6 if kind in ("float32", "float16") or vlm.kernels.PORTABLE else 0.02
 
 
 @pytest.mark.parametrize("portable", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_odd_shapes_equal_numpy(kind, portable, monkeypatch):
-  monkeypatch.setattr(vlm, "PORTABLE", portable)
+  monkeypatch.setattr(vlm.kernels, "PORTABLE", portable)
   for M, N, K in SHAPES:
     x = normal(M, K)
     w, exact = encode(normal(N, K, seed=1), kind)
@@ -185,6 +185,47 @@ def test_gelu_equals_numpy(shape):
   assert np.abs(vlm.gelu(Tensor(x).realize(), Tensor(times).realize()).numpy() - want * times).max() < 1e-5
   x.flat[-1] = np.nan
   assert np.isnan(vlm.gelu(Tensor(x).realize()).numpy().flat[-1])
+
+
+def test_soft_cap_equals_numpy():
+  x = normal(3, 70) * 40
+  for cap, scale in ((50.0, 0.0625), (30.0, 1.0)):
+    want = cap * np.tanh(x.astype(np.float64) * scale / cap)
+    assert np.abs(vlm.soft_cap(Tensor(x).realize(), cap, scale).numpy() - want).max() < 2e-5
+  x[1, 69] = np.nan
+  assert np.isnan(vlm.soft_cap(Tensor(x).realize(), 30.0).numpy()[1, 69])
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("width", [1, 7, 16, 33, 1152])
+def test_norms_equal_numpy(width, kind):
+  x = normal(2, 3, width) * 3 + 5
+  (weight, w), (bias, b) = (encode(normal(width, seed=seed), kind) for seed in (1, 2))
+  rms, layer = vlm.RMSNorm(width, 1e-6), vlm.LayerNorm(width, 1e-6)
+  rms.weight = layer.weight = weight
+  layer.bias = bias
+  double = x.astype(np.float64)
+  away = double - double.mean(-1, keepdims=True)
+  for norm, want in ((rms, double / np.sqrt((double ** 2).mean(-1, keepdims=True) + 1e-6) * (1 + w)),
+                     (layer, away / np.sqrt((away ** 2).mean(-1, keepdims=True) + 1e-6) * w + b)):
+    assert np.abs(norm(Tensor(x).realize()).numpy() - want).max() < 1e-4
+
+
+@pytest.mark.parametrize("B, heads, kv_heads, C, d", [(1, 8, 1, 512, 256), (2, 8, 4, 70, 32), (3, 3, 3, 1, 7),
+                                                      (2, 6, 2, 33, 80), (1, 5, 1, 100, 64)])
+@pytest.mark.parametrize("cap", [0.0, 5.0])
+def test_attention_of_one_token_equals_numpy(B, heads, kv_heads, C, d, cap):
+  q, k, v = normal(B, heads, 1, d) * 2, normal(B, kv_heads, C, d, seed=1), normal(B, kv_heads, C, d, seed=2)
+  seen = np.random.default_rng(0).random((B, C)) < 0.5
+  seen[:, -1], seen[0, :C // 2] = True, False  # whole blocks that nobody sees
+  k[~seen[:, None].repeat(kv_heads, 1)] *= 1e6  # what would be noticed, if it were looked at
+  logits = np.einsum("bkqd,bkcd->bkqc", q.reshape(B, kv_heads, -1, d), k.astype(np.float64)) * d ** -0.5
+  logits = cap * np.tanh(logits / cap) if cap else logits
+  weights = np.exp(np.where(seen[:, None, None], logits, -np.inf))
+  want = (weights / weights.sum(-1, keepdims=True) @ v).reshape(B, 1, heads * d)
+  mask = Tensor(seen).reshape(B, 1, 1, 1, C)
+  out = vlm.attention(*(Tensor(t).realize() for t in (q, k, v)), d ** -0.5, mask, cap)
+  assert np.abs(out.numpy() - want).max() < 1e-5
 
 
 @pytest.mark.parametrize("device", ["CPU:X86", "CPU:LLVM"])
