@@ -3,7 +3,7 @@
     python examples/bench.py DIR                                    speed, memory, and what the machine could do
     python examples/bench.py DIR --vs transformers --python REF     the same beside transformers, as ratios
     python examples/bench.py DIR --check --python REF               top-1 of the prefix logits, ours and transformers'
-    python examples/bench.py DIR --quantized                        int8 and int4: speed, and agreement with DIR itself
+    python examples/bench.py DIR --quantized [--vs ...]             int8 and int4: speed, and agreement with DIR itself
     python examples/bench.py DIR --sides 224 448 896                seconds and memory of larger pictures
     python examples/bench.py --train                                the toy's training step, and where its time goes
 
@@ -58,10 +58,10 @@ def resized(side):
   vlm.read_config, vlm.read_weights = read_config, read_weights
 
 
-def ours(folder, born, steady, bits=None, side=None):
+def ours(folder, born, steady, bits=None, side=None, choices=0):
   import vlm
   with resized(side):
-    model = vlm.load(folder, bits=bits or None)
+    model = vlm.load(folder, bits=bits)
   P, image = model.config.patches, pixels(model.config.image_size)
   C, where = 256 * -(-(P + 8 + TOKENS) // 256), None
   where = vlm.layout([len(TEXT)], P, 8, C)
@@ -94,10 +94,10 @@ def ours(folder, born, steady, bits=None, side=None):
       times[name].append((time.perf_counter() - start) / (5 if name == "decode" else 1))
   result |= {name: statistics.median(t) for name, t in times.items() if t}
   result |= {"bytes": model.bytes, "third": marks[1] - marks[0]}
-  if bits is not None:  # the choice after prefixes of random text
-    rng, words = np.random.default_rng(1), model.config.vocab // 2  # further up are <loc>, <seg> and rare ones
-    texts = [np.array([[0] * 3 + [2, *rng.integers(4, words, 3), 108]]) for _ in range(64)]
-    result["choices"] = [int(model.prefill(features, text, where)[0].numpy()[0]) for text in texts]
+  # the choice after prefixes of random text
+  rng, words = np.random.default_rng(1), model.config.vocab // 2  # further up are <loc>, <seg> and rare ones
+  texts = [np.array([[0] * 3 + [2, *rng.integers(4, words, 3), 108]]) for _ in range(choices)]
+  result["choices"] = [int(model.prefill(features, text, where)[0].numpy()[0]) for text in texts]
   return result
 
 
@@ -158,8 +158,26 @@ def run(command):
   return json.loads(done.stdout.splitlines()[-1])
 
 
-def run_ours(folder, steady, bits=None, side=0):
-  return run([sys.executable, __file__, folder, "--worker", json.dumps([time.time(), steady, bits, side])])
+def run_ours(folder, steady, bits=None, side=0, choices=0):
+  return run([sys.executable, __file__, folder, "--worker", json.dumps([time.time(), steady, bits, side, choices])])
+
+
+def by_turns(folder, python, repeat, kinds):
+  """kinds: of weights, None for as they are -> the results of each and, if there is a python, of "transformers"; the
+  machine's limits, measured between them."""
+  import vlm
+  results, ceilings = {kind: [] for kind in (*kinds, "transformers")}, []
+  with tempfile.TemporaryDirectory() as tmp:
+    np.save(image := f"{tmp}/pixels.npy", pixels(vlm.read_config(Path(folder) / "config.json").image_size))
+    for i in range(repeat):
+      print(f"round {i + 1} of {repeat}", file=sys.stderr, flush=True)
+      ceilings.append(limits())
+      for kind in kinds:
+        results[kind].append(run_ours(folder, 3, kind))
+      if python:
+        job = [folder, time.time(), 3, os.cpu_count(), TOKENS, json.dumps(TEXT), image]
+        results["transformers"].append(run([python, "-c", THEIRS, *map(str, job)]))
+  return results, ceilings
 
 
 # ---- 2. The machine's limits ----
@@ -238,17 +256,9 @@ def compare(folder, python, repeat):
   """The table of README.md."""
   import vlm
   config, text = vlm.read_config(Path(folder) / "config.json"), len(TEXT)
-  first, sides, ceilings = run_ours(folder, 0), {"ours": [], "transformers": []}, []  # the first may have to compile
-  with tempfile.TemporaryDirectory() as tmp:
-    np.save(image := f"{tmp}/pixels.npy", pixels(config.image_size))
-    for i in range(repeat):
-      print(f"round {i + 1} of {repeat}", file=sys.stderr, flush=True)
-      ceilings.append(limits())
-      sides["ours"].append(run_ours(folder, 3))
-      if python:
-        job = [folder, time.time(), 3, os.cpu_count(), TOKENS, json.dumps(TEXT), image]
-        sides["transformers"].append(run([python, "-c", THEIRS, *map(str, job)]))
-  for result in sum(sides.values(), []):
+  first = run_ours(folder, 0)  # may have to compile
+  results, ceilings = by_turns(folder, python, repeat, [None])
+  for result in sum(results.values(), []):
     result["both"] = result["vision"] + result["prefill"]
   peak, read = (statistics.median(c[i] for c in ceilings) for i in (0, 1))
   vision, prefill = arithmetic(config, text)
@@ -256,27 +266,32 @@ def compare(folder, python, repeat):
   print(f"| {Path(folder).name}, seconds | ours | transformers | ours / theirs | ours, of this machine's limit |")
   print("|---|---|---|---|---|")
   for key, title in ROWS.items():
-    a, note = median(sides["ours"], key), ""
+    a, note = median(results[None], key), ""
     if key in work:
       note = f"{2e-9 * work[key] / a:.0f} of {2e-9 * peak:.0f} GFLOPS"
     elif key == "decode":
-      note = f"{sides['ours'][0]['bytes'] / a * 1e-9:.1f} of {read * 1e-9:.1f} GB/s"
-    theirs = f"{(b := median(sides['transformers'], key)):.3f} | {a / b:.2f}" if python else "- | -"
+      note = f"{results[None][0]['bytes'] / a * 1e-9:.1f} of {read * 1e-9:.1f} GB/s"
+    theirs = f"{(b := median(results['transformers'], key)):.3f} | {a / b:.2f}" if python else "- | -"
     print(f"| {title} | {a:.3f} | {theirs} | {note} |")
   print(f"\nlimits in each round: {', '.join(f'{2e-9 * p:.0f} GFLOPS {r * 1e-9:.1f} GB/s' for p, r in ceilings)}; "
-        f"third token of a fresh process: {median(sides['ours'], 'third'):.3f} s; first run of all (compiles what was "
+        f"third token of a fresh process: {median(results[None], 'third'):.3f} s; first run of all (compiles what was "
         f"not compiled before): {first['first']:.1f} s to token 1")
 
 
-def quantized(folder, repeat):
+def quantized(folder, python, repeat):
   """Speed of the quantised weights beside the checkpoint's own, and how often they choose the same token."""
-  runs = {bits: [run_ours(folder, 3, bits) for _ in range(repeat)] for bits in ("", "int8", "int4")}
-  print("| weights | load | prefill, s | decode, ms | GB read a token | same first token as the checkpoint, of 64 |")
-  print("|---|---|---|---|---|---|")
-  for bits, results in runs.items():
-    same = sum(a == b for a, b in zip(results[0]["choices"], runs[""][0]["choices"]))
-    print(f"| {bits or 'as they are'} | {median(results, 'load'):.1f} | {median(results, 'prefill'):.2f} | "
-          f"{median(results, 'decode') * 1e3:.0f} | {results[0]['bytes'] / 1e9:.2f} | {same} |")
+  kinds, prefixes = (None, "int8", "int4"), 64
+  choices = {kind: run_ours(folder, 0, kind, 0, prefixes)["choices"] for kind in kinds}
+  results, ceilings = by_turns(folder, python, repeat, kinds)
+  print("| weights | load, s | prefill, s | decode, ms | of transformers' bfloat16 | GB a token | GB/s | peak memory, GB | "
+        f"same first token as unquantised, of {prefixes} |\n|---|---|---|---|---|---|---|---|---|")
+  for kind in kinds:
+    load, prefill, decode, memory = (median(results[kind], key) for key in ("load", "prefill", "decode", "memory"))
+    ratio = f"{decode / median(results['transformers'], 'decode'):.2f}" if python else "-"
+    same, size = sum(a == b for a, b in zip(choices[kind], choices[None])), results[kind][0]["bytes"] / 1e9
+    print(f"| {kind or 'as they are'} | {load:.1f} | {prefill:.2f} | {decode * 1e3:.0f} | {ratio} | {size:.2f} | "
+          f"{size / decode:.1f} | {memory:.2f} | {same} |")
+  print(f"\nlimits in each round: {', '.join(f'{read * 1e-9:.1f} GB/s' for _, read in ceilings)}")
 
 
 def sides(folder, wanted):
@@ -402,7 +417,7 @@ def main():
   elif args.check:
     return 0 if check(args.folder, args.python) else 1
   elif args.quantized:
-    quantized(args.folder, args.repeat)
+    quantized(args.folder, args.python if args.vs else None, args.repeat)
   elif args.sides:
     sides(args.folder, args.sides)
   else:

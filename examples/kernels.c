@@ -70,6 +70,7 @@ typedef float lane;
 #define V (W * L)  // values of K in a vector
 #define NR (2 * W)
 #define PC 256
+#define MB (40 * MR)  // rows whose PC lanes stay in the second-level cache: of 4096 rows all would not
 #define GROUPS ((K + 31) / 32)
 
 // points to V values of a row from k on; the row's last ones are copied and padded with zeros
@@ -278,7 +279,7 @@ __attribute__((no_builtin)) void kernel(float *restrict out, ARGS const int core
   }
 }
 #else
-INLINE void tile(const int rows, float *o, const lane *a, const vec *panel, int pn, int jn, int add,
+INLINE void tile(const int rows, const int cols, float *o, const lane *a, const vec *panel, int pn, int jn, int add,
                  const float *scale) {
   vec s[MR][2];
   UNROLL for (int r = 0; r < rows; r++) s[r][0] = s[r][1] = (vec){0};
@@ -287,12 +288,12 @@ INLINE void tile(const int rows, float *o, const lane *a, const vec *panel, int 
     UNROLL for (int r = 0; r < rows; r++) {
       lane x = a[r * (long)A_I + p * (long)A_P];
       s[r][0] = MULADD(s[r][0], SPLAT(x), b0);
-      s[r][1] = MULADD(s[r][1], SPLAT(x), b1);
+      if (cols > W) s[r][1] = MULADD(s[r][1], SPLAT(x), b1);
     }
   }
   UNROLL for (int r = 0; r < rows; r++) {
     store(o + r * (long)J, s[r][0], jn, add, scale);
-    store(o + r * (long)J + W, s[r][1], jn - W, add, scale ? scale + W : 0);
+    if (cols > W) store(o + r * (long)J + W, s[r][1], jn - W, add, scale ? scale + W : 0);
   }
 }
 #if L == 2 && BITS == 4  // scale after the product: 6 instructions for 32 weights, so that memory is the limit again
@@ -359,8 +360,9 @@ __attribute__((no_builtin)) void kernel(float *restrict out, ARGS const int core
   }
 #else
   vec panel[2 * PC] __attribute__((aligned(64)));
-  for (int z = z0; z < z1; z++) for (int j = j0; j < j1; j += NR) for (int p = 0; p < P; p += PC) {
-    const int jn = MIN(J - j, NR), pn = MIN(P - p, PC);
+  for (int z = z0; z < z1; z++) for (int top = i0; top < i1; top += MB)
+  for (int j = j0; j < j1; j += NR) for (int p = 0; p < P; p += PC) {
+    const int jn = MIN(J - j, NR), pn = MIN(P - p, PC), end = MIN(i1, top + MB);
 #if B_T
     for (int h = 0; h < 2; h++) for (int q = 0; q < pn; q += W) {
       vec v[W];
@@ -370,9 +372,9 @@ __attribute__((no_builtin)) void kernel(float *restrict out, ARGS const int core
       UNROLL for (int r = 0; r < W; r++) panel[2 * (q + r) + h] = v[r];
     }
 #else
-    const float *row = (const float *)b + (z * (long)K + p) * J + j;
+    const float *row = (const float *)b + (z * (long)K + p) * J + j, *last = (const float *)b + BATCH * (long)K * J - NR;
     for (int q = 0; q < pn; q++, row += J) {
-      if (jn == NR) {
+      if (row <= last) {  // what it reads too much is never stored
         panel[2 * q] = *(vec *)row;
         panel[2 * q + 1] = *(vec *)(row + W);
       } else for (int r = 0; r < NR; r++) ((float *)panel)[q * NR + r] = r < jn ? row[r] : 0;
@@ -381,9 +383,13 @@ __attribute__((no_builtin)) void kernel(float *restrict out, ARGS const int core
     float *o = out + z * (long)I * J + j;
     const lane *t = a + z * (long)I * K + p * (long)A_P;
     const float *s = BITS == 8 && p + PC >= P ? scale + j : 0;
-    int i = i0;
-    for (; i + MR <= i1; i += MR) tile(MR, o + i * (long)J, t + i * (long)A_I, panel, pn, jn, p > 0, s);
-    if (i < i1) tile(I % MR, o + i * (long)J, t + i * (long)A_I, panel, pn, jn, p > 0, s);
+    for (int i = top; i < end; i += MR) {
+      float *oi = o + i * (long)J;
+      const lane *ti = t + i * (long)A_I;
+      if (i + MR > end) tile(I % MR, NR, oi, ti, panel, pn, jn, p > 0, s);
+      else if (jn > W) tile(MR, NR, oi, ti, panel, pn, jn, p > 0, s);
+      else tile(MR, W, oi, ti, panel, pn, jn, p > 0, s);
+    }
   }
 #endif
 }
