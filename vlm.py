@@ -111,8 +111,10 @@ def to_pixels(source, side):
   return ((np.asarray(image, np.float32) / 255 - 0.5) / 0.5).transpose(2, 0, 1)[None]  # (1, 3, S, S)
 
 # ---- 3. Building blocks ----
-def upload(array, device):
+def upload(array, device, axis=None):
   """np.ndarray -> Tensor. So does Tensor(array).realize(), in 2 ms, 130 the first time: it schedules a copy."""
+  if isinstance(device, tuple):  # split over these along the axis; without one it is whole on each
+    return upload(array, device[0]).shard(device, axis).realize()
   t = Tensor.empty(*array.shape, dtype=getattr(dtypes, array.dtype.name), device=device)
   t.uop.base.buffer.ensure_allocated().copyin(np.ascontiguousarray(array).data)
   return t
@@ -298,7 +300,8 @@ class Cache:
   """A static KV cache: k and v (B, K, C, d) for each layer. Never grows, so one compiled step serves every token."""
   def __init__(self, c, B, C, device):
     nothing = np.zeros((B, c.kv_heads, C, c.head_dim), np.float32)
-    self.layers = [[upload(nothing, device) for _ in "kv"] for _ in range(c.layers)]
+    heads = sharding.axis("cache", nothing, c, device)
+    self.layers = [[upload(nothing, device, heads) for _ in "kv"] for _ in range(c.layers)]
     self.rope = [upload(t, device) for t in rope_table(c, np.arange(C))]
     self.token = upload(np.zeros(B, np.int32), device)  # the last one of each row
   def stores(self, start, length, seen):
@@ -414,7 +417,9 @@ class VLM:
       x = gemma(gemma.embed(token.reshape(B, 1)), cos, sin, (seen, near), cache.stores(position, 1, C))
       logits = gemma.logits(x[:, -1].contiguous()).contiguous()
       return choose(logits), logits
-    cache.token.uop.base.buffer.copyin(np.ascontiguousarray(token, np.int32).data)  # a new tensor takes 2 ms
+    buffer = cache.token.uop.base.buffer  # written to: a new tensor takes 2 ms
+    for b in getattr(buffer, "bufs", [buffer]):
+      b.copyin(np.ascontiguousarray(token, np.int32).data)
     return self._run(("decode", B, C), cache, run, cache.token, UOp.variable("slot", 0, C - 1).bind(position), where)
 
   def _prefix(self, images, prompts, max_tokens):
@@ -486,24 +491,13 @@ class VLM:
 
 # ---- 9. Weights ----
 # bfloat16 has no fast arithmetic on a CPU: such weights stay the 16 bits that they are in the file, widened where used.
-# int8 and uint8 hold what quantize.py made of a weight; its scale lies beside it.
+# int8 and uint8 hold what quantize.py made of a weight; its scale lies beside it, and Packed holds both.
 TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I8": np.int8, "U8": np.uint8}
-
-class Packed:
-  """A weight (N, K) in few bits: int8 numbers (N, K) and a scale (N,) for each row, or uint8 (N, G * 16), two numbers
-  of 4 bits in each, the first in the lower half and all of them plus 8, and a scale (N, G) for each 32 of a row."""
-  def __init__(self, data, scale, K):
-    self.data, self.scale, self.shape, self.dtype = data, scale, (*data.shape[:-1], K), data.dtype
-  def __getitem__(self, ids):
-    return Packed(self.data[ids], self.scale[ids], self.shape[-1])
 
 def widen(t):
   """Any weight -> float32. uint16 holds the bits of bfloat16, which are the upper half of a float32."""
-  if isinstance(t, Packed) and t.dtype == dtypes.int8:
-    return t.data.float() * t.scale.unsqueeze(-1)
-  if isinstance(t, Packed):
-    numbers = (t.data & 15).stack(t.data >> 4, dim=-1).reshape(*t.scale.shape, 32).float() - 8
-    return (numbers * t.scale.unsqueeze(-1)).flatten(-2)[..., :t.shape[-1]]
+  if isinstance(t, quantize.Packed):
+    return t.widen()
   return (t.cast(dtypes.uint32) << 16).bitcast(dtypes.float32) if t.dtype == dtypes.uint16 else t.float()
 
 def round_to(value, dtype):
@@ -570,38 +564,48 @@ def check_names(expected, found):
   if parts:
     raise Fault(f"the weights do not fit config.json; {'; '.join(parts)}")
 
-def to_tensor(name, array, device):
-  """A weight on the device: on a CPU a view of the file, but for what tinygrad's own kernels want aligned."""
+def to_tensor(name, array, device, config):
+  """A weight on the device, or split over several: on a CPU a view of the file, but for what tinygrad's own kernels want
+  aligned."""
+  if isinstance(device, tuple):
+    return upload(array, device, sharding.axis(name, array, config, device))
   ours = array.ndim == 2 and "position_embedding" not in name and compiled.in_c(device)
   if ours or device.startswith("CPU") and array.ctypes.data % 64 == 0:
     return Tensor.from_blob(array.ctypes.data, array.shape, dtype=getattr(dtypes, array.dtype.name), device=device)
   return upload(array, device)
 
-def load(folder, device=None, max_context=None, bits=None):
+def assemble(config, arrays, device):
+  """{path in PaliGemma: array}, as files have them, quantised or not -> PaliGemma on the device. Raises Fault."""
+  net = PaliGemma(config)
+  places = get_state_dict(net)
+  shapes = {n: t.shape for n, t in places.items()}  # in files the patch embedding is a convolution: see SigLIP
+  shapes["vision_tower.embeddings.patch_embedding.weight"] = config.vision_width, 3, *[config.patch_size] * 2
+  check_names(quantize.stored_shapes(shapes, arrays), {n: a.shape for n, a in arrays.items()})
+  for name, place in places.items():
+    owner, (*path, leaf) = net, name.split(".")
+    for part in path:
+      owner = owner[int(part)] if part.isdigit() else getattr(owner, part)
+    packed = name + "_scale" in arrays
+    weight = to_tensor(name, arrays[name] if packed else arrays[name].reshape(place.shape), device, config)
+    if packed:
+      scale = to_tensor(name + "_scale", arrays[name + "_scale"], device, config)
+      weight = quantize.Packed(weight, scale.float().realize(), place.shape[-1])
+    setattr(owner, leaf, weight)
+  return net
+
+def load(folder, device=None, max_context=None, bits=None, shard=1):
   """A PaliGemma folder (config.json, *.safetensors, tokenizer.model) -> VLM. bits: "int8" or "int4" to quantise its
-  weights. Raises Fault."""
+  weights. shard: so many devices share them. Raises Fault."""
   start, folder = time.perf_counter(), Path(folder)
   config = read_config(folder / "config.json")
   try:
     tokenizer = Tokenizer(folder / "tokenizer.model")
   except (OSError, ValueError) as e:
     raise Fault(f"{folder}: {e}") from None
-  device = compiled.open_device(device)
-  net, arrays = PaliGemma(config), read_weights(folder)
-  places = get_state_dict(net)
-  shapes = {n: t.shape for n, t in places.items()}  # in files the patch embedding is a convolution: see SigLIP
-  shapes["vision_tower.embeddings.patch_embedding.weight"] = config.vision_width, 3, *[config.patch_size] * 2
+  device = compiled.open_device(device, shard)
+  arrays = read_weights(folder)
   quantize.pack(arrays, bits)
-  check_names(quantize.stored_shapes(shapes, arrays), {n: a.shape for n, a in arrays.items()})
-  for name, place in places.items():
-    if name + "_scale" in arrays:
-      data, scale = (to_tensor(n, arrays[n], device) for n in (name, name + "_scale"))
-      *path, leaf = name.split(".")
-      owner = functools.reduce(lambda o, part: o[int(part)] if part.isdigit() else getattr(o, part), path, net)
-      setattr(owner, leaf, Packed(data, scale.float().realize(), place.shape[-1]))
-    else:
-      place.replace(to_tensor(name, arrays[name].reshape(place.shape), device))
-  model = VLM(net, config, tokenizer, device, max_context)
+  model = VLM(assemble(config, arrays, device), config, tokenizer, device, max_context)
   model.arrays = arrays  # a tensor over borrowed memory does not keep it alive
   model.timings["load_s"] = time.perf_counter() - start
   return model
@@ -617,6 +621,8 @@ def matmul(a, b, kind="nt", batched=False):
   more rows. A float32 b is exact and has a gradient; others round a to bfloat16 where the CPU multiplies that."""
   if compiled.in_c(a.device):
     return kernels.matmul(a, b, kind, batched)
+  if kind == "nt" and not batched and (out := kernels.on_gpu(a, b)) is not None:
+    return out
   if kind == "tn" and not batched:
     a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
   b = widen(b)
@@ -735,6 +741,7 @@ def main(argv=None):
   p.add_argument("--json", action="store_true", help="one JSON object instead of text")
   p.add_argument("--quantize", choices=quantize.BITS, help="weights in 8 or 4 bits; --save keeps them as a folder")
   p.add_argument("--device", metavar="DEV", help="METAL, CUDA, CPU, ... (default: the best there is, or $DEV)")
+  p.add_argument("--shard", type=int, default=1, metavar="N", help="split the weights over N devices of a kind")
   p.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
   train.add_arguments(p)
   try:
@@ -755,10 +762,12 @@ def main(argv=None):
       draw.check_output(args.out, images)
     folder = args.weights or default_weights()
     status(f"loading {folder}")
-    model = load(folder, bits=args.quantize)
+    model = load(folder, bits=args.quantize, shard=args.shard)
     if args.save:
       quantize.save(model, folder, args.save, args.quantize)
       say(args, f"{args.quantize} weights saved: {args.save}")
+    if args.shard > 1:
+      say(args, f"{sharding.memory(get_state_dict(model.net)) / 1e9:.2f} GB of weights on each of {args.shard} devices")
     if model.config.note:
       say(args, model.config.note)
     if not prompt and len(args.inputs) == 1:
@@ -778,6 +787,7 @@ import compiled  # noqa: E402
 import draw  # noqa: E402
 import kernels  # noqa: E402
 import quantize  # noqa: E402
+import sharding  # noqa: E402
 import train  # noqa: E402
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from tinygrad.renderer.llvmir import LLVMRenderer
 from tinygrad.runtime.autogen import llvm
 from tinygrad.uop.ops import KernelInfo, Ops, ProgramInfo
 
-from vlm import Fault, Packed
+from vlm import Fault
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlm"
 GPUS = "/dev/nvidia*", "/dev/kfd", "/dev/dri", "/dev/kgsl*", "/dev/dxg"  # what Linux calls them
@@ -53,8 +53,11 @@ def find_compiler():
     print("no C compiler, so answers come slowly; `pip install ziglang`, or install clang", file=sys.stderr)
 
 
-def open_device(name=None):
-  """A tinygrad device name, None for the best there is -> its full name, ready for use. Raises Fault."""
+def open_device(name=None, count=1):
+  """A tinygrad device name, None for the best there is -> its full name, ready for use; a tuple of them if there are to
+  be several. Raises Fault."""
+  if count < 1:
+    raise Fault(f"--shard {count}: at least 1")
   try:
     if name is None and not DEV.device and sys.platform == "linux" and not any(map(glob.glob, GPUS)):
       DEV.value = "CPU"  # tinygrad would come to this too, after it has imported all its drivers, which takes 0.4 s
@@ -63,6 +66,10 @@ def open_device(name=None):
       find_compiler()
     if isinstance(Device[name].renderer, LLVMRenderer) and hasattr(llvm.dll, "LLVMContextSetOpaquePointers"):
       llvm.dll.LLVMContextSetOpaquePointers(Device[name].compiler.context, 1)  # LLVM 15 must be told; newer ones know
+    if count > 1:
+      name = tuple(Device.canonicalize(f"{name}:{i}") for i in range(count))
+      for part in name:
+        Device[part]
     return name
   except Exception as e:  # whatever a driver that is not there raises
     raise Fault(f"device {name or DEV.device} cannot be used here ({e}); leave out --device and DEV") from None
@@ -76,14 +83,12 @@ def c_source():
 
 
 def in_c(device):
-  return device.startswith("CPU") and c_source() != ""
+  return isinstance(device, str) and device.startswith("CPU") and c_source() != ""
 
 
 def c_kernel(name, defines, outs, srcs, work, backward=None, code=None):
   """Run `kernel` of kernels.c, or of other C, as a kernel of tinygrad's: scheduled, compiled once, captured and
   threaded like its own. {parameter: tensor} outs and srcs, work multiply-adds -> the first of outs, `out` in C."""
-  if isinstance(srcs.get("b"), Packed):
-    srcs = srcs | {"b": srcs["b"].data, "scale": srcs["b"].scale}
   cores = CPU_COUNT.value if work > 1 << 20 else 1  # a second core costs 20 us a kernel: Python's queues
   types = {"x": "const float", "ids": "const int", "b": "const char", "scale": "const float", "scratch": "int",
            "values": "const float", "seen": "const char", "bias": "const char"}
@@ -105,7 +110,10 @@ def c_kernel(name, defines, outs, srcs, work, backward=None, code=None):
 
 def place(device, *shaped_by):
   """-> the file of a program that is shaped by these things, by the sources, the compiler and the processor. The last
-  of them are tensors, {name: Tensor}, which count by their shape and type."""
+  of them are tensors, {name: Tensor}, which count by their shape and type. None for several devices: their buffers are
+  not stored."""
+  if isinstance(device, tuple):
+    return None
   root, renderer, known = Path(__file__).resolve().parents[1], Device[device].renderer, hashlib.sha256()
   tensors = [(name, t.shape, t.dtype) for name, t in shaped_by[-1].items()]
   machine = str(renderer.target), CPU_COUNT.value, os.environ.get("CC"), platform.platform(), processor()
@@ -175,7 +183,7 @@ def read(path, tensors, inputs):
 
 def write(path, jit, tensors):
   """Keep a captured TinyJit, if the folder allows."""
-  if not KEPT:
+  if not KEPT or not path:
     return
   part = path.with_suffix(f".{os.getpid()}")
   try:

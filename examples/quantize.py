@@ -1,4 +1,4 @@
-"""Weights in 8 or 4 bits: `python vlm.py --quantize int8|int4 [--save DIR]`. What Packed (vlm.py, section 9) reads.
+"""Weights in 8 or 4 bits: `python vlm.py --quantize int8|int4 [--save DIR]`.
 
 int8 has a scale for each row, int4 one for each 32 numbers of a row, the last of which are padding where a row is no
 multiple of 32 (SigLIP's 4304). The embedding, which is also the head, keeps 8 bits under int4: it is a fifth of what a
@@ -24,8 +24,25 @@ CHOSEN = r"(proj|fc1|fc2|linear|embed_tokens)\.weight$"
 ROWS = 4096  # at a time: float32 copies of the whole embedding would take 4 GB
 
 
+class Packed:
+  """A weight (N, K) in few bits: int8 numbers (N, K) and a scale (N,) for each row, or uint8 (N, G * 16), two numbers
+  of 4 bits in each, the first in the lower half and all of them plus 8, and a scale (N, G) for each 32 of a row."""
+  def __init__(self, data, scale, K):
+    self.data, self.scale, self.shape, self.dtype = data, scale, (*data.shape[:-1], K), data.dtype
+
+  def __getitem__(self, ids):
+    return Packed(self.data[ids], self.scale[ids], self.shape[-1])
+
+  def widen(self):
+    """-> float32 (N, K)."""
+    if self.dtype == dtypes.int8:
+      return self.data.float() * self.scale.unsqueeze(-1)
+    numbers = (self.data & 15).stack(self.data >> 4, dim=-1).reshape(*self.scale.shape, 32).float() - 8
+    return (numbers * self.scale.unsqueeze(-1)).flatten(-2)[..., :self.shape[-1]]
+
+
 def quantize(w, bits):
-  """w (N, K) of any floating type, bfloat16 as uint16 -> numbers and scales as Packed wants them."""
+  """w (N, K) of any floating type, bfloat16 as uint16 -> numbers and scales, as in Packed."""
   if w.dtype == np.uint16:
     w = (w.astype(np.uint32) << 16).view(np.float32)
   w = w.astype(np.float32, copy=False)

@@ -172,7 +172,7 @@ def test_logits_of_quantised_weights(kind, bits, monkeypatch):
     owner = packed.net
     for part in path.split("."):
       owner = owner[int(part)] if part.isdigit() else getattr(owner, part)
-    if isinstance(owner, vlm.Packed):
+    if isinstance(owner, vlm.quantize.Packed):
       weight.replace(vlm.widen(owner).contiguous().realize())
   got, want, far = (m.logits(picture(m), PROMPT) for m in (packed, same, plain))
   # The scale of the text's embedding is rounded to the type of the weights, which is float32 for both of these.

@@ -36,7 +36,7 @@ def encode(w, kind):
     bits = (w.view(np.uint32) + 0x8000 >> 16).astype(np.uint16)
     return Tensor(bits).realize(), (bits.astype(np.uint32) << 16).view(np.float32)
   data, scale = quantize.quantize(w, quantize.BITS[kind])
-  packed = vlm.Packed(Tensor(data).realize(), Tensor(scale).realize(), w.shape[1])
+  packed = quantize.Packed(Tensor(data).realize(), Tensor(scale).realize(), w.shape[1])
   if kind == "int8":
     return packed, data * scale[:, None]
   numbers = np.empty((len(w), scale.shape[1] * 32), np.float32)
@@ -84,7 +84,7 @@ def test_weights_at_odd_addresses(kind):
   for M in (1, 20):
     x = normal(M, 100)
     w, exact = encode(normal(37, 100, seed=1), kind)
-    parts, views, file = [w.data, w.scale] if isinstance(w, vlm.Packed) else [w], [], np.full(1 << 17, 255, np.uint8)
+    parts, views, file = [w.data, w.scale] if isinstance(w, quantize.Packed) else [w], [], np.full(1 << 17, 255, np.uint8)
     at = 64 - file.ctypes.data % 64
     for part in parts:
       array = part.numpy()
@@ -92,7 +92,7 @@ def test_weights_at_odd_addresses(kind):
       file[at:at + array.nbytes] = array.reshape(-1).view(np.uint8)
       views.append(Tensor.from_blob(file.ctypes.data + at, array.shape, dtype=part.dtype, device="CPU"))
       at += -(-array.nbytes // 64) * 64
-    w = vlm.Packed(*views, 100) if isinstance(w, vlm.Packed) else views[0]
+    w = quantize.Packed(*views, 100) if isinstance(w, quantize.Packed) else views[0]
     assert error(vlm.matmul(Tensor(x).realize(), w), x, exact) < limit(kind)
 
 
