@@ -315,6 +315,8 @@ class Cache:
 
 def choose(logits):
   """(B, V) -> (B,) int32: the likeliest token, or -1 where a logit is NaN."""
+  # padded, so that tinygrad can split the row into parts: 257216 = 64 * 4019 would keep 64 threads of a GPU busy
+  logits = logits.pad((0, -logits.shape[-1] % 4096), value=-math.inf)
   return logits.isnan().any(-1).where(-1, logits.argmax(-1)).cast(dtypes.int32)
 
 # ---- 7. Sampling ----

@@ -6,11 +6,12 @@ import math
 from tinygrad import Device, Tensor, UOp, dtypes
 from tinygrad.codegen.opt import Opt, OptOps
 from tinygrad.helpers import CPU_COUNT
+from tinygrad.renderer.cstyle import MetalRenderer
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops
 
 import compiled
+import quantize
 import vlm
-from quantize import Packed
 
 PORTABLE = False  # True, in tests: without AVX512-BF16 instructions, as on other CPUs
 FORMATS = {dtypes.float32: 32, dtypes.float16: 16, dtypes.uint16: 16, dtypes.int8: 8, dtypes.uint8: 4}  # bits
@@ -22,7 +23,7 @@ def empty(like, *shape, dtype=dtypes.float32):
 
 def parts(w):
   """A weight as sources of a kernel."""
-  return {"b": w.data, "scale": w.scale} if isinstance(w, Packed) else {"b": w}
+  return {"b": w.data, "scale": w.scale} if isinstance(w, quantize.Packed) else {"b": w}
 
 
 def matmul(a, b, kind, batched):
@@ -41,7 +42,7 @@ def matmul(a, b, kind, batched):
   def backward(grad, call):
     d, a, b, *scale = Tensor(grad), *map(Tensor, call.src[1 + len(outs):])
     if bits < 32:
-      weight = vlm.widen(Packed(b, *scale, K) if scale else b)
+      weight = vlm.widen(quantize.Packed(b, *scale, K) if scale else b)
       return *[None] * len(outs), matmul(d, weight, "nn", False).uop, *[None] * (1 + len(scale))
     ways = {"nt": ((d, b, "nn"), (d, a, "tn")), "nn": ((d, b, "nt"), (a, d, "tn")), "tn": ((b, d, "nt"), (a, d, "nn"))}
     return None, *(matmul(*way, batched).uop for way in ways[kind])
@@ -84,42 +85,57 @@ def on_gpu(x, w):
   if Tensor.training or FORMATS[w.dtype] == 32 or not renderer.has_local:
     return None
   if I <= 8:
-    fits = isinstance(x.device, str) and (w.dtype != dtypes.uint8 or K % 32 == 0)
+    fits = isinstance(x.device, str) and K % (32 if w.dtype == dtypes.uint8 else 4) == 0
     return few_rows(x.reshape(I, K), w).reshape(*x.shape[:-1], N) if fits else None
-  cores = [t for t in renderer.tensor_cores if (t.dtype_in, t.dtype_out) == (dtypes.bfloat16, dtypes.float)]
-  if w.dtype == dtypes.float16 or not cores or renderer.target.device == "METAL":
-    return None  # Metal's simdgroup matrices take float32; on the M1 they take no bfloat16
-  # w first: then the tokens are a multiple of 8 and not of 16. A row's scale is for afterwards: int8 is exact in bfloat16.
-  scale = w.scale if w.dtype == dtypes.int8 else None
-  w = w.data.cast(dtypes.bfloat16) if scale is not None else (
-    w.bitcast(dtypes.bfloat16) if w.dtype == dtypes.uint16 else vlm.widen(w).cast(dtypes.bfloat16))
-  out = w.dot(x.reshape(I, K).cast(dtypes.bfloat16).contiguous().T, dtype=dtypes.float).T
-  return (out if scale is None else out * scale).contiguous().reshape(*x.shape[:-1], N)
+  pairs = {t.dtype_in for t in renderer.tensor_cores if t.dtype_out == dtypes.float}
+  # Metal multiplies float32 too, and on the M1 no bfloat16.
+  kind = dtypes.bfloat16 if dtypes.bfloat16 in pairs and not isinstance(renderer, MetalRenderer) else dtypes.float
+  if kind not in pairs or w.dtype == dtypes.float16 and kind == dtypes.bfloat16:
+    return None
+  scale = w.scale if w.dtype == dtypes.int8 else 1  # for afterwards: the numbers themselves are exact in bfloat16
+  if w.dtype == dtypes.int8:
+    w = w.data.cast(kind)
+  elif w.dtype == dtypes.uint16 and kind == dtypes.bfloat16:
+    w = w.bitcast(kind)
+  else:  # int4 in a buffer of its own: tensor cores take no such indices
+    w = vlm.widen(w).cast(kind).contiguous() if w.dtype == dtypes.uint8 else vlm.widen(w)
+  # w first: then the tokens need to be a multiple of 8 and not of 16; contiguous: else two products are one kernel
+  out = w.dot(x.reshape(I, K).cast(kind).contiguous().T, dtype=dtypes.float).T.contiguous()
+  return (out * scale).reshape(*x.shape[:-1], N)
 
 
 def few_rows(x, w):
-  """x (I, K) @ w (N, K).T -> (I, N) where memory is the limit. Threads side by side read w side by side, several of its
-  numbers each, and every number once for all rows of x."""
+  """x (I, K) @ w (N, K).T -> (I, N) where memory is the limit. Threads side by side read w side by side, 16 bytes each
+  (as float32: tinygrad loads no other type of 32 bits four at a time), and every number once for all rows of x."""
   (I, K), N, bits = x.shape, w.shape[0], FORMATS[w.dtype]
-  
+  data, *scales = parts(w).values()
+  each = 32 // bits  # numbers in a word
+  words = Tensor(UOp(Ops.BUFFER_VIEW, dtypes.float, (data.uop.base,), (N * K // each, 0))).reshape(N, K // each)
+
+  def number(word, j):
+    word, shift = word.bitcast(dtypes.uint32), (j * bits).cast(dtypes.uint32)
+    if w.dtype == dtypes.uint16:
+      return (word >> shift << 16).bitcast(dtypes.float)
+    if bits == 16:
+      return (word >> shift).cast(dtypes.uint16).bitcast(dtypes.half).cast(dtypes.float)
+    if bits == 8:
+      return ((word << (24 - shift)).bitcast(dtypes.int) >> 24).cast(dtypes.float)
+    return ((word >> shift & 15).cast(dtypes.int) - 8).cast(dtypes.float)
 
   def kernel(out, x, w, scale=None):
-    i, n = UOp.range(I, 0), UOp.range(N, 1)
-    if bits == 4:  # a thread loads all 16 pairs of numbers under one scale
-      group, pair = UOp.range(K // 32, 2, AxisType.REDUCE), UOp.range(16, 3, AxisType.REDUCE)
-      low, high = ((part - 8).cast(dtypes.float) for both in [w[n, group * 16 + pair].cast(dtypes.int)]
-                   for part in (both & 15, both >> 4))
-      k = group * 32 + pair * 2
-      total = ((x[i, k] * low + x[i, k + 1] * high) * scale[n, group]).reduce(group, pair, arg=Ops.ADD)
-      opts = [Opt(OptOps.UNROLL, -1, 16), Opt(OptOps.GROUP, 0, math.gcd(K // 32, 32))]
+    i, n, j = UOp.range(I, 0), UOp.range(N, 1), UOp.range(each, 4, AxisType.REDUCE)
+    if bits == 4:  # four words have a scale
+      ranges = UOp.range(K // 32, 2, AxisType.REDUCE), UOp.range(4, 3, AxisType.REDUCE)
+      word, factor = ranges[0] * 4 + ranges[1], scale[n, ranges[0]]
     else:
-      k = UOp.range(K, 2, AxisType.REDUCE)
-      number = (w[n, k].cast(dtypes.uint32) << 16).bitcast(dtypes.float) if w.dtype.base == dtypes.uint16 else (
-        w[n, k].cast(dtypes.float))
-      total = (x[i, k] * number).reduce(k, arg=Ops.ADD) * (scale[n] if scale is not None else 1)
-      opts = [Opt(OptOps.UNROLL, 0, math.gcd(K, 4)), Opt(OptOps.GROUP, 0, math.gcd(K // math.gcd(K, 4), 32))]
+      ranges = [UOp.range(K // each, 2, AxisType.REDUCE)]
+      word, factor = ranges[0], 1
+    product = x[i, word * each + j] * number(w[n, word], j) * factor
+    total = product.reduce(*ranges, j, arg=Ops.ADD) * (scale[n] if bits == 8 else 1)
     # a group of threads sums one row of w; a block is several groups
-    opts += [Opt(OptOps.LOCAL, 1 if I > 1 else 0, math.gcd(N, 4)), Opt(OptOps.UPCAST, 0, I)]
+    opts = [Opt(OptOps.UNROLL, len(ranges), each), Opt(OptOps.UNROLL, len(ranges) - 1, math.gcd(K // each, 4)),
+            Opt(OptOps.GROUP, 0, math.gcd(K // each // math.gcd(K // each, 4), 32)),
+            Opt(OptOps.LOCAL, 1 if I > 1 else 0, math.gcd(N, 4)), Opt(OptOps.UPCAST, 0, I)]
     info = KernelInfo(name=f"few_rows_{bits}_{I}_{N}_{K}", opts_to_apply=tuple(o for o in opts if o.arg > 1))
     return out[i, n].store(total).end(i, n).sink(arg=info)
-  return empty(x, I, N).custom_kernel(x, *parts(w).values(), fxn=kernel)[0]
+  return empty(x, I, N).custom_kernel(x, words, *scales, fxn=kernel)[0]

@@ -10,6 +10,7 @@ bytes of all buffers.
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,8 @@ MACS = 8, 16, 24  # GB of memory, of which macOS lends a GPU two thirds
 def stand_in(target):
   """Make tinygrad's null device render for target, "METAL:Apple7", without the libraries that a real one would load."""
   os.environ |= {"DEV": f"NULL:{target}", "NULL_ALLOW_COPYOUT": "1", "JIT": "2", "CACHELEVEL": "0"}
+  if target.startswith("METAL"):
+    os.environ["MAX_KERNEL_BUFFERS"] = "31"  # as tinygrad has it for METAL itself
   from tinygrad.device import Compiler
   from tinygrad.runtime import ops_null
 
@@ -59,26 +62,96 @@ def stand_in(target):
   ops_null.NullProgram.__init__, ops_null.NullProgram.__call__ = load, call
 
 
-def model(size, side, bits):
-  """A VLM of a published size with no numbers in its weights."""
+def model(size, side=224, bits=None, layers=None):
+  """A VLM of a published size, or of a few of its layers, with no numbers in its weights."""
   import vlm
-  from tinygrad import Tensor, dtypes
   from tinygrad.nn.state import get_state_dict
-  gemma2 = size.startswith("2-")
+  kind = "gemma2" if size.startswith("2-") else "gemma"
   with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / "config.json"
-    path.write_text(json.dumps({
-      "model_type": "paligemma", "vision_config": VISION | {"image_size": side},
-      "text_config": TEXT[size] | {"model_type": "gemma2" if gemma2 else "gemma"}}))
+    some = {"num_hidden_layers": layers} if layers else {}
+    path.write_text(json.dumps({"model_type": "paligemma", "vision_config": VISION | {"image_size": side} | some,
+                                "text_config": TEXT[size] | {"model_type": kind} | some}))
     config = vlm.read_config(path)
-  net = vlm.PaliGemma(config)
-  for name, t in get_state_dict(net).items():
-    kind = dtypes.uint16
-    if bits and vlm.quantize.chosen(name, t.ndim):
-      N, K = t.shape
-      four = vlm.quantize.bits_of(name, bits) == 4
-      data = Tensor.empty(N, -(-K // 32) * 16 if four else K, dtype=dtypes.uint8 if four else dtypes.int8).realize()
-      vlm.put(net, name, vlm.Packed(data, Tensor.empty(N, *[-(-K // 32)] * four).realize(), K))
+  arrays = {}
+
+  def put(name, kind, *shape):
+    arrays[name] = np.broadcast_to(np.zeros((), kind), shape)  # takes no memory
+  for name, t in get_state_dict(vlm.PaliGemma(config)).items():
+    if not bits or not re.search(vlm.quantize.CHOSEN, name):
+      put(name, np.uint16, *((t.shape[0], 3, 14, 14) if "patch_embedding.weight" in name else t.shape))
+    elif bits == "int8" or "embed_tokens" in name:
+      put(name, np.int8, *t.shape)
+      put(name + "_scale", np.float32, t.shape[0])
     else:
-      t.replace(Tensor.empty(*t.shape, dtype=kind).realize())
-  return vlm.VLM(net, config, None, vlm.compiled.open_device())
+      groups = -(-t.shape[1] // 32)
+      put(name, np.uint8, t.shape[0], groups * 16)
+      put(name + "_scale", np.float32, t.shape[0], groups)
+  device = vlm.compiled.open_device()
+  return vlm.VLM(vlm.assemble(config, arrays, device), config, None, device)
+
+
+def answer(vlm_model, batch=1, length=8):
+  """Vision, prefill and three decode steps."""
+  import vlm
+  config = vlm_model.config
+  P, C = config.patches, 256 * -(-(config.patches + length + 256) // 256)
+  features = vlm_model.vision(np.zeros((1, 3, config.image_size, config.image_size), np.float32))[1]
+  where = vlm.layout([5] * batch, P, length, C)
+  image = features.expand(batch, *features.shape[1:]).contiguous().realize() if batch > 1 else features
+  vlm_model.prefill(image, np.zeros((batch, length), np.int32), where)
+  slots = vlm.upload(where, vlm_model.device)
+  for step in range(3):
+    vlm_model.decode(np.zeros(batch, np.int32), P + length + step, slots)
+
+
+def training():
+  import train
+  parser = argparse.ArgumentParser()
+  train.add_arguments(parser)
+  with tempfile.TemporaryDirectory() as folder:
+    args = parser.parse_args(["--train", "--steps", "2", "--batch", "4", "--save", folder])
+    args.quiet = True
+    run = train.Run(args)
+    run.trainer.step(run.trainer.batch(*run.data.batch(0), run.data.text), 1e-3)
+
+
+def memory():
+  """What each size takes of a Mac's memory, counted from the buffers of a run on the null device."""
+  print("| checkpoint | weights | GB on the GPU at 224 px | of a Mac with |\n|---|---|---|---|")
+  for size in TEXT:
+    for bits in (None, "int8", "int4"):
+      command = [sys.executable, __file__, "METAL:Apple7", size, *(["--bits", bits] if bits else [])]
+      output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+      used = json.loads(output.splitlines()[-1])["bytes"] / 1e9
+      fits = [f"{gb} GB" for gb in MACS if used < gb * 1.0737 * 2 / 3]  # macOS counts in 2^30
+      print(f"| PaliGemma {'2 ' if size[0] == '2' else ''}{size[-2:].lstrip('-').upper()} | {bits or 'bfloat16'} | "
+            f"{used:.1f} | {fits[0] if fits else 'more'} |", flush=True)
+
+
+def main():
+  p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  p.add_argument("target", help="METAL:Apple7, CUDA:sm_90, ...; or memory")
+  p.add_argument("what", nargs="?", choices=[*TEXT, "train"])
+  p.add_argument("--bits", choices=["int8", "int4"])
+  p.add_argument("--batch", type=int, default=1)
+  p.add_argument("--side", type=int, default=224)
+  p.add_argument("--layers", type=int, help="of each tower, instead of all: they have the same kernels")
+  args = p.parse_args()
+  if args.target == "memory":
+    memory()
+    return
+  stand_in(args.target)
+  sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+  from tinygrad.helpers import GlobalCounters
+  import vlm
+  vlm.compiled.KEPT = 0  # nothing of this is for a real device
+  if args.what == "train":
+    training()
+  else:
+    answer(m := model(args.what, args.side, args.bits, args.layers), args.batch)
+  print(json.dumps({"bytes": GlobalCounters.mem_used}))
+
+
+if __name__ == "__main__":
+  main()

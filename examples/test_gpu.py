@@ -1,0 +1,131 @@
+"""Tests of the GPU path on a machine without one: every kernel scheduled and rendered for Metal and CUDA (rendered.py),
+compiled by NVIDIA's own compiler where that is installed, and the products emulated thread by thread."""
+import ctypes
+import functools
+import glob
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+
+# Two layers have all the kernels that 18 or 26 have. 448 pixels are more than a CHUNK of queries.
+INFERENCE = [("3b",), ("3b", "--bits", "int8", "--batch", "8"), ("2-3b", "--bits", "int4"), ("2-3b", "--side", "448")]
+EVERY = [*INFERENCE, ("train",)]
+
+
+@functools.cache
+def kernels(target, *what):
+  command = [sys.executable, str(ROOT / "examples" / "rendered.py"), target, *what]
+  done = subprocess.run(command + ["--layers", "2"] * (what[0] != "train"), capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  found = [json.loads(line) for line in done.stdout.splitlines()]
+  assert len(found) > 30 and found.pop()["bytes"] >= 0
+  return found
+
+
+@pytest.mark.parametrize("what", EVERY, ids=" ".join)
+def test_metal(what):
+  """On the oldest of Apple's own GPUs, the M1, which has no bfloat16 and, as all of them, no double."""
+  for kernel in kernels("METAL:Apple7", *what):
+    source, name = kernel["source"], kernel["name"]
+    assert "using namespace metal" in source
+    assert not re.search(r"\b(double|bfloat)", source), name
+    local = kernel["local"] + [1]
+    threads = functools.reduce(int.__mul__, local)
+    assert threads <= 1024, f"{name}: a threadgroup of {local}"
+    shared = sum(4 * int(size) for size in re.findall(r"threadgroup [^;]*?\w+\[(\d+)\];", source))
+    assert shared <= 32768, f"{name}: {shared} bytes of threadgroup memory"
+    assert len(re.findall(r"\bdevice [\w ]+\* ?data", source)) <= 31, f"{name}: more buffers than Metal takes"
+
+
+@pytest.mark.parametrize("target, matrix", [("METAL:Apple7", "simdgroup_multiply_accumulate"),
+                                            ("CUDA:sm_80", "f32.bf16.bf16.f32")])
+@pytest.mark.parametrize("what", INFERENCE, ids=" ".join)
+def test_prefill_is_for_matrix_units_and_decode_for_the_memory(target, matrix, what):
+  found = kernels(target, *what)
+  # vision: q, k, v and out are one shape, fc1, fc2, projector; Gemma: q, k and v, o, gate and up, down
+  assert sum(matrix in k["source"] for k in found) >= 7
+  rows = [k for k in found if k["name"].startswith("few_rows")]
+  assert len(rows) >= 5  # k and v, q, o, gate and up, down, the head
+  for kernel in rows:
+    loads = re.findall(r"\(\((?:device )?float4\*\)\(\(data2", kernel["source"])
+    assert loads and kernel["local"][0] >= 8, f"{kernel['name']}: threads that do not read side by side, 16 bytes each"
+
+
+def test_a_token_is_looked_up_and_chosen_on_the_gpu():
+  for kernel in kernels("CUDA:sm_80", "3b"):
+    loops = [int(n) for n in re.findall(r"for \(int \w+ = 0; \w+ < (\d+);", kernel["source"])]
+    assert functools.reduce(int.__mul__, loops, 1) < 70000, f"{kernel['name']}: loops of one thread: {loops}"
+
+
+EMULATED = """
+import numpy as np
+from tinygrad import Device
+from tinygrad.runtime.ops_python import PythonAllocator
+import quantize, vlm
+PythonAllocator._offset = lambda self, buf, size, offset: buf[offset:offset + size]  # real GPUs have views
+rng, device = np.random.default_rng(0), Device.DEFAULT
+def encode(w, kind):
+  if kind == "float16":
+    return vlm.upload(w.astype(np.float16), device), w.astype(np.float16).astype(np.float32)
+  if kind == "bfloat16":
+    bits = (w.view(np.uint32) + 0x8000 >> 16).astype(np.uint16)
+    return vlm.upload(bits, device), (bits.astype(np.uint32) << 16).view(np.float32)
+  data, scale = quantize.quantize(w, quantize.BITS[kind])
+  words = data.view(np.uint32)  # loaded as floats: a GPU moves all bits, but Python's floats change those of some NaNs
+  words[words & 0x7f800000 == 0x7f800000] &= 0xffffff
+  w = quantize.Packed(vlm.upload(data, device), vlm.upload(scale.astype(np.float32), device), w.shape[1])
+  return w, w.widen().numpy()
+for kind in ("float16", "bfloat16", "int8", "int4"):
+  for I, N, K in ((1, 8, 128), (1, 5, 36), (3, 8, 64), (8, 4, 64), (16, 16, 32), (24, 32, 64)):
+    x = rng.standard_normal((I, K)).astype(np.float32)
+    w, exact = encode(rng.standard_normal((N, K)).astype(np.float32), kind)
+    out = vlm.matmul(vlm.upload(x, device), w).numpy()
+    print(I, np.abs(out - x @ exact.T).max() / K ** 0.5)
+"""
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "METAL"])
+def test_products_emulated(arch):
+  """Local memory, barriers and tensor cores, as tinygrad's Python device plays them."""
+  env = os.environ | {"DEV": f"PYTHON::{arch}", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "examples")])}
+  done = subprocess.run([sys.executable, "-c", EMULATED], env=env, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  errors = [line.split() for line in done.stdout.splitlines()]
+  assert len(errors) == 24
+  for rows, error in errors:  # tensor cores take rows of x rounded to bfloat16
+    assert float(error) < (1e-6 if int(rows) <= 8 else 0.02)
+
+
+def nvrtc():
+  """-> the folder of NVIDIA's packages from PyPI, nvidia-cuda-nvrtc-cu12 and nvidia-cuda-runtime-cu12, or None."""
+  spec = importlib.util.find_spec("nvidia")
+  for folder in spec.submodule_search_locations if spec else ():
+    if glob.glob(f"{folder}/cuda_nvrtc/lib/libnvrtc.so*") and Path(folder, "cuda_runtime").is_dir():
+      return folder
+
+
+@pytest.mark.parametrize("what, arch", [(what, arch) for arch in ("sm_80", "sm_90") for what in EVERY[:len(EVERY) - (
+  arch == "sm_90")]], ids=str)  # the toy's training step has 160 kernels: once is enough
+def test_live_compiles_for_cuda(what, arch, monkeypatch):
+  folder = nvrtc()
+  if not folder and not os.environ.get("VLM_LIVE"):
+    pytest.skip("needs nvidia-cuda-nvrtc-cu12 and nvidia-cuda-runtime-cu12: see .ci/run")
+  [library] = [f for f in glob.glob(f"{folder}/cuda_nvrtc/lib/libnvrtc.so*") if "alt" not in f]
+  [builtins] = [f for f in glob.glob(f"{folder}/cuda_nvrtc/lib/libnvrtc-builtins.so*") if "alt" not in f]
+  monkeypatch.setenv("NVRTC_PATH", library)
+  monkeypatch.setenv("CUDA_PATH", f"{folder}/cuda_runtime")
+  ctypes.CDLL(builtins, mode=ctypes.RTLD_GLOBAL)  # else looked for in the system's folders
+  from tinygrad.runtime.support import compiler_cuda
+  monkeypatch.setattr(compiler_cuda, "CUDA_PATH", f"{folder}/cuda_runtime")
+  compiler = compiler_cuda.NVRTCCompiler(arch, ptx=False)
+  for kernel in kernels("CUDA:sm_80", *what):  # those of 9.0 differ in 8-bit floats, which are not used
+    assert compiler.compile(kernel["source"])[:4] == b"\x7fELF", kernel["name"]  # raises what the compiler says
