@@ -97,7 +97,7 @@ def words(tokenizer):
   """-> {id: text} of what can be read as a word: letters or digits only, after a space or not. No <loc>, <seg>, control
   or byte token, no punctuation."""
   texts = {id: tokenizer.piece(id).decode(errors="replace").strip() for id in range(tokenizer.model.get_piece_size())
-           if id not in tokenizer.names and not tokenizer.model.is_byte(id)}
+           if not tokenizer.model.is_byte(id)}
   return {id: text for id, text in texts.items() if text.isalnum()}
 
 
