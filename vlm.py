@@ -745,12 +745,14 @@ def main(argv=None):
   p.add_argument("--device", metavar="DEV", help="METAL, CUDA, CPU, ... (default: the best there is, or $DEV)")
   p.add_argument("--shard", type=int, default=1, metavar="N", help="split the weights over N devices of a kind")
   p.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
+  show.add_arguments(p)
   train.add_arguments(p)
   try:
     args = p.parse_args(argv)
     status.quiet = args.quiet
     if args.device:
       DEV.value = args.device
+    show.check(args)
     if (code := train.run(args)) is not None:
       return code
     if len(args.inputs) > 2:
@@ -772,6 +774,8 @@ def main(argv=None):
       say(args, f"{sharding.memory(get_state_dict(model.net)) / 1e9:.2f} GB of weights on each of {args.shard} devices")
     if model.config.note:
       say(args, model.config.note)
+    if args.show:
+      return show.run(model, images, prompt, args)
     if not prompt and len(args.inputs) == 1:
       return talk(model, images[0], args)
     return ask(model, images, prompt, args)
@@ -790,6 +794,7 @@ import draw  # noqa: E402
 import kernels  # noqa: E402
 import quantize  # noqa: E402
 import sharding  # noqa: E402
+import show  # noqa: E402
 import train  # noqa: E402
 
 if __name__ == "__main__":
