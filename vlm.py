@@ -38,9 +38,9 @@ class Fault(Exception):
     self.code = code
 
 def read_config(path):
-  """A published config.json -> the sizes of a model. Fills in what those files leave out. Raises Fault."""
+  """A published config.json, or an .npz -> the sizes of a model. Fills in what those leave out. Raises Fault."""
   try:
-    top = json.loads(Path(path).read_text())
+    top = original.config(path)
     if top.get("model_type") != "paligemma":
       raise Fault(f"{path}: model_type is {top.get('model_type')!r}, not 'paligemma'; give a PaliGemma folder")
     v, t = top["vision_config"], top["text_config"]
@@ -538,6 +538,8 @@ def read_tensors(path):
 
 def read_weights(folder):
   """-> {path in PaliGemma: array} of the files that the index names, or else of all. Raises Fault."""
+  if original.fits(folder):
+    return original.read_weights(folder)
   index, arrays = folder / "model.safetensors.index.json", {}
   try:
     names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -578,12 +580,12 @@ def to_tensor(name, array, device):
   return upload(array, device)
 
 def load(folder, device=None, max_context=None, bits=None):
-  """A PaliGemma folder (config.json, *.safetensors, tokenizer.model) -> VLM. bits: "int8" or "int4" to quantise its
-  weights. Raises Fault."""
+  """A PaliGemma folder (config.json, *.safetensors, tokenizer.model), or an .npz of big_vision -> VLM. bits: "int8" or
+  "int4" to quantise its weights. Raises Fault."""
   start, folder = time.perf_counter(), Path(folder)
-  config = read_config(folder / "config.json")
+  config = read_config(original.config_path(folder))
   try:
-    tokenizer = Tokenizer(folder / "tokenizer.model")
+    tokenizer = Tokenizer(original.tokenizer_path(folder))
   except (OSError, ValueError) as e:
     raise Fault(f"{folder}: {e}") from None
   device = compiled.open_device(device)
@@ -725,7 +727,7 @@ def main(argv=None):
     epilog='prompts of mix checkpoints: "caption en", "answer en QUESTION", "detect A ; B", "segment A"')
   p.error = fail
   p.add_argument("inputs", nargs="*", metavar="IMAGE [PROMPT]", help="a picture, and what to ask of it")
-  p.add_argument("--weights", metavar="DIR", help="a PaliGemma folder (default: the largest under weights/)")
+  p.add_argument("--weights", metavar="DIR", help="a PaliGemma folder or .npz (default: the largest in weights/)")
   p.add_argument("--max-tokens", type=int, default=MAX_TOKENS, metavar="N", help="longest answer (default %(default)s)")
   p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: always the likeliest token (default)")
   p.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens")
@@ -777,6 +779,7 @@ sys.path.append(str(Path(__file__).with_name("examples")))
 import compiled  # noqa: E402
 import draw  # noqa: E402
 import kernels  # noqa: E402
+import original  # noqa: E402
 import quantize  # noqa: E402
 import train  # noqa: E402
 

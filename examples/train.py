@@ -22,6 +22,7 @@ from tinygrad import Tensor, TinyJit, dtypes, nn
 from tinygrad.nn.state import get_state_dict
 
 import compiled
+import original
 import shapes
 import vlm
 from tokenizer import LOC, Tokenizer
@@ -331,12 +332,12 @@ class Run:
     folder can be written to, before anything long starts."""
     try:
       self.folder.mkdir(parents=True, exist_ok=True)
-      config = json.loads((source / "config.json").read_text()) if source else TOY
+      config = original.config(original.config_path(source)) if source else TOY
       if self.args.init and self.args.train:
         config.pop("note", None)  # it says what the weights were
       write_file(self.folder / "config.json", [json.dumps(config, indent=1).encode()])
       if source:
-        write_file(self.folder / "tokenizer.model", [(source / "tokenizer.model").read_bytes()])
+        write_file(self.folder / "tokenizer.model", [original.tokenizer_path(source).read_bytes()])
       else:
         shapes.make_tokenizer(self.folder / "tokenizer.model")
     except OSError as e:
