@@ -421,6 +421,8 @@ class VLM:
     """-> next token (B,) and logits (B, V) after the prefix, where (B, C), the next slot."""
     prompts = [self.tokenizer.prompt(prompt) for prompt in prompts]
     rows = [image if isinstance(image, (list, tuple)) else [image] for image in images]
+    if {len(row) for row in rows} != {len(rows[0]) or 1}:
+      raise Fault("every row of a batch needs equally many pictures, and at least one; give such rows one by one")
     P, longest = self.config.patches * len(rows[0]), max(map(len, prompts))
     # Prompts are padded to 8, 16, 32, ...: at most a handful of programs to compile, few wasted rows.
     T = max(longest, min(max(8, 1 << (longest - 1).bit_length()), self.max_context - P - max_tokens))
@@ -588,6 +590,8 @@ def load(folder, device=None, max_context=None, bits=None):
     tokenizer = Tokenizer(original.tokenizer_path(folder))
   except (OSError, ValueError) as e:
     raise Fault(f"{folder}: {e}") from None
+  if max(tokenizer.model.get_piece_size(), tokenizer.ids["<seg127>"] + 1) > config.vocab:  # <image> needs no row
+    raise Fault(f"{folder}: the tokenizer has more pieces than the embedding rows, {config.vocab}; take this model's")
   device = compiled.open_device(device)
   net, arrays = PaliGemma(config), read_weights(folder)
   places = get_state_dict(net)
@@ -702,8 +706,8 @@ def ask(model, images, prompt, args):
             f"{speed:.1f} tok/s, {speed * model.bytes / 1e9:.1f} GB/s")
   return code
 
-def talk(model, image, args):
-  """Question after question about a picture, until an empty line or the end of the input."""
+def talk(model, images, args):
+  """Question after question about the pictures, until an empty line or the end of the input."""
   say(args, "ask about the picture; :image FILE changes it; an empty line leaves")
   while True:
     print("> ", end="", file=sys.stderr, flush=True)
@@ -713,9 +717,9 @@ def talk(model, image, args):
     try:
       if line.startswith(":image"):
         open_image(line.removeprefix(":image").strip())
-        image = line.removeprefix(":image").strip()
+        images = [line.removeprefix(":image").strip()]
       else:
-        ask(model, [image], line, args)
+        ask(model, images, line, args)
     except Fault as e:
       print(f"vlm: {e}", file=sys.stderr)
 
@@ -726,7 +730,7 @@ def main(argv=None):
     prog="vlm.py", description="Ask PaliGemma about a picture. Without a prompt: ask again and again.",
     epilog='prompts of mix checkpoints: "caption en", "answer en QUESTION", "detect A ; B", "segment A"')
   p.error = fail
-  p.add_argument("inputs", nargs="*", metavar="IMAGE [PROMPT]", help="a picture, and what to ask of it")
+  p.add_argument("inputs", nargs="*", metavar="IMAGE [IMAGE ...] [PROMPT]", help="pictures, and what to ask of them")
   p.add_argument("--weights", metavar="DIR", help="a PaliGemma folder or .npz (default: the largest in weights/)")
   p.add_argument("--max-tokens", type=int, default=MAX_TOKENS, metavar="N", help="longest answer (default %(default)s)")
   p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: always the likeliest token (default)")
@@ -739,20 +743,21 @@ def main(argv=None):
   p.add_argument("--device", metavar="DEV", help="METAL, CUDA, CPU, ... (default: the best there is, or $DEV)")
   p.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
   train.add_arguments(p)
+  batch.add_arguments(p)
   try:
     args = p.parse_args(argv)
     status.quiet = args.quiet
     if args.device:
       DEV.value = args.device
-    if (code := train.run(args)) is not None:
-      return code
-    if len(args.inputs) > 2:
-      raise Fault("one picture and one prompt: put quotes around a prompt of several words")
-    images, prompt = args.inputs[:1], "".join(args.inputs[1:])
+    for program in (train, batch):
+      if (code := program.run(args)) is not None:
+        return code
+    images, prompt = batch.split(args.inputs)
     if not images:
       images, prompt = [str(Path(__file__).with_name("examples") / "shapes.png")], "caption en"
     check_sampling(args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed)  # all before the slow part
-    open_image(images[0])
+    for name in images:
+      open_image(name)
     if args.out:
       draw.check_output(args.out, images)
     folder = args.weights or default_weights()
@@ -763,8 +768,8 @@ def main(argv=None):
       say(args, f"{args.quantize} weights saved: {args.save}")
     if model.config.note:
       say(args, model.config.note)
-    if not prompt and len(args.inputs) == 1:
-      return talk(model, images[0], args)
+    if prompt is None:
+      return talk(model, images, args)
     return ask(model, images, prompt, args)
   except Fault as e:
     status("")
@@ -776,6 +781,7 @@ def main(argv=None):
 # The programs in examples/ build on this file, so they come last; what they import as vlm is this, not a second copy.
 sys.modules["vlm"] = sys.modules[__name__]
 sys.path.append(str(Path(__file__).with_name("examples")))
+import batch  # noqa: E402
 import compiled  # noqa: E402
 import draw  # noqa: E402
 import kernels  # noqa: E402
