@@ -9,11 +9,15 @@ Gemma 2, which alone has norms after attention and MLP. Not in the shapes are
     layer, the context of 8192, the end token. They are read_config's defaults, unless given.
 What is given stands in a file beside pt_224.npz, pt_224.json, in the form of a config.json, of which it is any part.
 The tokenizer is not in the .npz either: tokenizer.model or paligemma_tokenizer.model is taken from the same folder.
+
+    python examples/original.py FOLDER OUT.npz      writes a folder in this layout, with what belongs beside it
 """
 import json
 import math
 import mmap
+import os
 import struct
+import sys
 import zipfile
 import zlib
 from collections import namedtuple
@@ -21,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 import vlm
 from vlm import Fault
 
@@ -252,3 +257,69 @@ def stored(path, archive, data, name, member):
   if len(values) != entry.file_size - member.start:
     raise damaged(path, f"{name} is cut off")
   return values.view(member.dtype).reshape(member.shape, order=member.order)
+
+# ---- the other way ----
+UNSEEN = {  # keys of a config.json that shapes say nothing of
+  "text_config": {"query_pre_attn_scalar", "sliding_window", "layer_types", "attn_logit_softcapping", "rope_theta",
+                  "final_logit_softcapping", "rope_parameters", "rms_norm_eps", "max_position_embeddings"},
+  "vision_config": {"layer_norm_eps"}, "": {"eos_token_id", "image_token_index", "note"}}
+
+def reverted(array, convert, shape):
+  """An array that `convert` made -> one of that shape, as it was."""
+  if convert is convolution:
+    return array.transpose(2, 3, 1, 0)
+  if convert is by_head:
+    H, D, d = shape
+    return array.reshape(H, d, D).transpose(0, 2, 1)
+  return array.reshape(shape) if convert in (as_it_is, joined) else array.T.reshape(shape)
+
+def save(folder, path):
+  """A PaliGemma folder -> an .npz, and beside it tokenizer.model and a .json of what the shapes do not say. Nothing
+  that is there is written over. Raises Fault."""
+  folder, path = Path(folder), Path(path)
+  beside = path.with_suffix(".json"), path.parent / "tokenizer.model"
+  if path.suffix != ".npz" or fits(folder):
+    raise Fault("give a PaliGemma folder, and the name of an .npz to be written")
+  if there := [file for file in (path, *beside) if file.exists()]:
+    raise Fault(f"{there[0]} is there already; choose another place for the .npz")
+  c, top, weights = vlm.read_config(config_path(folder)), config(config_path(folder)), vlm.read_weights(folder)
+  if any(name.endswith("_scale") for name in weights):
+    raise Fault(f"{folder} is quantised, and this layout is not; give the weights it was made of")
+  size = {"p": c.patch_size, "P": c.patches, "Dv": c.vision_width, "Lv": c.vision_layers, "Hv": c.vision_heads,
+          "dv": c.vision_width // c.vision_heads, "Fv": c.vision_mlp, "D": c.width, "L": c.layers, "H": c.heads,
+          "K": c.kv_heads, "d": c.head_dim, "F": c.mlp, "V": c.vocab}
+  more = {part: {k: v for k, v in top.get(part, {}).items() if k in UNSEEN[part]} for part in UNSEEN if part}
+  more |= {k: v for k, v in top.items() if k in UNSEEN[""]}
+  part = path.with_name(path.name + ".part")
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(part, "w") as archive:
+      for name, letters, targets, convert in TENSORS + (GEMMA2 if c.gemma2 else GEMMA):
+        shape = tuple(int(letter) if letter.isdigit() else size[letter] for letter in letters.split())
+        first = 1 if letters[0] in "L1" else 0  # where a layer's own shape begins
+        one = shape[first + (len(targets) > 1):]
+        arrays = [weights.pop(target.format(layer)) for layer in range(shape[0] if first else 1) for target in targets]
+        kind = "|V2" if arrays[0].dtype == np.uint16 else arrays[0].dtype.str
+        with archive.open(f"params/{name}.npy", "w", force_zip64=True) as file:
+          np.lib.format.write_array_header_1_0(file, {"descr": kind, "fortran_order": False, "shape": shape})
+          for array in arrays:
+            file.write(np.ascontiguousarray(reverted(array, convert, one)).tobytes())
+    if weights:
+      raise KeyError(next(iter(weights)))
+    beside[1].write_bytes(tokenizer_path(folder).read_bytes())
+    beside[0].write_text(json.dumps(more, indent=1))
+    os.replace(part, path)
+  except (KeyError, ValueError) as e:
+    raise Fault(f"{folder}: the weights do not fit config.json ({e})") from None
+  except OSError as e:
+    raise Fault(f"{path}: {e.strerror or e}; choose another place", 1) from None
+  finally:
+    part.unlink(missing_ok=True)
+
+if __name__ == "__main__":
+  try:
+    save(*sys.argv[1:])
+  except TypeError:
+    sys.exit("usage: python examples/original.py FOLDER OUT.npz")
+  except vlm.Fault as e:
+    sys.exit(f"original: {e}")

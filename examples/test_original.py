@@ -297,3 +297,50 @@ def test_training_starts_from_it(npz, tmp_path):
   assert got.keys() == right.keys() and all(np.array_equal(got[n], right[n]) for n in got)
   assert vars(vlm.read_config(tmp_path / "run" / "config.json")) == vars(vlm.read_config(path))
   assert (tmp_path / "run" / "tokenizer.model").read_bytes() == (WEIGHTS / "tiny1" / "tokenizer.model").read_bytes()
+
+# ---- the other way ----
+@pytest.mark.parametrize("kind", [*GIVEN, "toy"])
+def test_written_and_read_again(kind, tmp_path):
+  path = tmp_path / "new" / "pt_224.npz"
+  original.save(WEIGHTS / kind, path)
+  assert sorted(f.name for f in path.parent.iterdir()) == ["pt_224.json", "pt_224.npz", "tokenizer.model"]
+  assert vars(vlm.read_config(path)) == vars(vlm.read_config(WEIGHTS / kind / "config.json"))
+  got, right = vlm.read_weights(path), vlm.read_weights(WEIGHTS / kind)
+  assert got.keys() == right.keys() and all(np.array_equal(got[n], right[n]) for n in got)
+  if kind != "toy":
+    with np.load(path) as file:  # as this test would have written it
+      wanted = tensors(kind)
+      assert {n.removeprefix("params/") for n in file} == wanted.keys()
+      assert all(np.array_equal(file["params/" + n], a) for n, a in wanted.items())
+
+def test_writing_bfloat16(npz, tmp_path):
+  arrays = {n: (np.ascontiguousarray(a).view(np.uint32) >> 16).astype(np.uint16) for n, a in tensors("tiny1").items()}
+  path = npz(arrays={n: a.view("V2") for n, a in arrays.items()})
+  folder = tmp_path / "folder"
+  shutil.copytree(WEIGHTS / "tiny1", folder)
+  (folder / "model.safetensors").write_bytes(packed(vlm.read_weights(path)))
+  original.save(folder, tmp_path / "again.npz")
+  with np.load(tmp_path / "again.npz") as a, np.load(path) as b:
+    assert set(a) == set(b) and all(a[n].dtype.str == "|V2" and a[n].tobytes() == b[n].tobytes() for n in a)
+
+def test_nothing_is_written_over(tmp_path, npz):
+  for name in ("pt.npz", "pt.json", "tokenizer.model"):
+    place = tmp_path / name.replace(".", "-")
+    place.mkdir()
+    (place / name).write_text("mine")
+    with pytest.raises(vlm.Fault, match=name):
+      original.save(WEIGHTS / "tiny1", place / "pt.npz")
+    assert [f.name for f in place.iterdir()] == [name] and (place / name).read_text() == "mine"
+  folders = [tmp_path / f"f{i}" for i in range(3)]
+  for i, name in enumerate(("missing", "extra", "misshaped")):
+    shutil.copytree(WEIGHTS / "tiny1", folders[i])
+    arrays, key = dict(vlm.read_weights(WEIGHTS / "tiny1")), "language_model.norm.weight"
+    changed = {"missing": {n: a for n, a in arrays.items() if n != key}, "extra": arrays | {"x": arrays[key]},
+               "misshaped": arrays | {key: arrays[key][1:]}}[name]
+    (folders[i] / "model.safetensors").write_bytes(packed(changed))
+  with pytest.raises(vlm.Fault, match="name of an .npz"):
+    original.save(WEIGHTS / "tiny1", tmp_path / "x.zip")
+  for source, words in ((npz(), "give a PaliGemma folder"), (tmp_path, "config.json"), *((f, "fit") for f in folders)):
+    with pytest.raises(vlm.Fault, match=words):
+      original.save(source, tmp_path / "x.npz")
+  assert not list(tmp_path.glob("x.*"))
