@@ -159,6 +159,10 @@ def test_fewer_rows_than_hub_files(npz):
   wanted = right.logits(golden.pixels(56, 1)[0], text)
   assert logits.shape == (1535,) and np.abs(logits - wanted[:1535]).max() < 2e-5 * wanted.std()
 
+def test_a_tokenizer_of_another_model(npz, refused):
+  """its ids would be rows that the embedding does not have"""
+  refused(["tokenizer", "1534"], npz(arrays=tensors("tiny1", rows=1534)))
+
 def test_large_weights_are_not_in_memory_twice(npz):
   arrays = original.read_weights(npz())
   def mapped(a):
