@@ -207,12 +207,12 @@ def run_batches(model, job, size, options):
     batch.clear()
   for row in job.answers.rows:
     pictures = row.pictures()
-    if batch and pictures and (len(batch) == size or len(pictures) != len(batch[0][1])):
+    if batch and pictures and len(pictures) != len(batch[0][1]):
       flush()
     waiting.append((row, pictures))
     if pictures:
       batch.append(waiting[-1])
-    if not batch:
+    if not batch or len(batch) == size:
       flush()
   flush()
 
@@ -237,10 +237,10 @@ def run(args):
   vlm.check_sampling(args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed)
   source = Path(args.batch)
   answers = Answers(Path(args.out), read_list(source), source)
-  if not answers.rows:
-    vlm.say(args, f"all {answers.done} rows are answered: {args.out}")
-    return 0
   with answers.file:
+    if not answers.rows:
+      vlm.say(args, f"all {answers.done} rows are answered: {args.out}")
+      return 0
     try:
       folder = args.weights or vlm.default_weights()
       vlm.status(f"loading {folder}")
