@@ -38,9 +38,9 @@ class Fault(Exception):
     self.code = code
 
 def read_config(path):
-  """A published config.json -> the sizes of a model. Fills in what those files leave out. Raises Fault."""
+  """A published config.json, or an .npz -> the sizes of a model. Fills in what those leave out. Raises Fault."""
   try:
-    top = json.loads(Path(path).read_text())
+    top = original.config(path)
     if top.get("model_type") != "paligemma":
       raise Fault(f"{path}: model_type is {top.get('model_type')!r}, not 'paligemma'; give a PaliGemma folder")
     v, t = top["vision_config"], top["text_config"]
@@ -428,6 +428,8 @@ class VLM:
     """-> next token (B,) and logits (B, V) after the prefix, where (B, C), the next slot."""
     prompts = [self.tokenizer.prompt(prompt) for prompt in prompts]
     rows = [image if isinstance(image, (list, tuple)) else [image] for image in images]
+    if {len(row) for row in rows} != {len(rows[0]) or 1}:
+      raise Fault("every row of a batch needs equally many pictures, and at least one; give such rows one by one")
     P, longest = self.config.patches * len(rows[0]), max(map(len, prompts))
     # Prompts are padded to 8, 16, 32, ...: at most a handful of programs to compile, few wasted rows.
     T = max(longest, min(max(8, 1 << (longest - 1).bit_length()), self.max_context - P - max_tokens))
@@ -534,6 +536,8 @@ def read_tensors(path):
 
 def read_weights(folder):
   """-> {path in PaliGemma: array} of the files that the index names, or else of all. Raises Fault."""
+  if original.fits(folder):
+    return original.read_weights(folder)
   index, arrays = folder / "model.safetensors.index.json", {}
   try:
     names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -596,14 +600,16 @@ def assemble(config, arrays, device):
   return net
 
 def load(folder, device=None, max_context=None, bits=None, shard=1):
-  """A PaliGemma folder (config.json, *.safetensors, tokenizer.model) -> VLM. bits: "int8" or "int4" to quantise its
-  weights. shard: so many devices share them. Raises Fault."""
+  """A PaliGemma folder (config.json, *.safetensors, tokenizer.model), or an .npz of big_vision -> VLM. bits: "int8" or
+  "int4" to quantise its weights. shard: so many devices share them. Raises Fault."""
   start, folder = time.perf_counter(), Path(folder)
-  config = read_config(folder / "config.json")
+  config = read_config(original.config_path(folder))
   try:
-    tokenizer = Tokenizer(folder / "tokenizer.model")
+    tokenizer = Tokenizer(original.tokenizer_path(folder))
   except (OSError, ValueError) as e:
     raise Fault(f"{folder}: {e}") from None
+  if max(tokenizer.model.get_piece_size(), tokenizer.ids["<seg127>"] + 1) > config.vocab:  # <image> needs no row
+    raise Fault(f"{folder}: the tokenizer has more pieces than the embedding rows, {config.vocab}; take this model's")
   device = compiled.open_device(device, shard)
   arrays = read_weights(folder)
   quantize.pack(arrays, bits)
@@ -694,7 +700,7 @@ def ask(model, images, prompt, args):
   except KeyboardInterrupt:  # what is there stays there
     code = 130
   answer = model.answer(pictures[0], tokens)
-  boxes = [{"label": b.label, "box": [round(v, 1) for v in b.box]} for b in answer.boxes]
+  boxes = batch.boxes(answer)
   print(json.dumps({"text": answer.text, "tokens": tokens, "prompt_tokens": model.tokenizer.prompt(prompt),
                     "boxes": boxes, "timings": t}) if args.json else "", flush=True)
   if boxes:
@@ -708,23 +714,6 @@ def ask(model, images, prompt, args):
             f"{speed:.1f} tok/s, {speed * model.bytes / 1e9:.1f} GB/s")
   return code
 
-def talk(model, image, args):
-  """Question after question about a picture, until an empty line or the end of the input."""
-  say(args, "ask about the picture; :image FILE changes it; an empty line leaves")
-  while True:
-    print("> ", end="", file=sys.stderr, flush=True)
-    line = sys.stdin.readline().strip()
-    if not line:
-      return 0
-    try:
-      if line.startswith(":image"):
-        open_image(line.removeprefix(":image").strip())
-        image = line.removeprefix(":image").strip()
-      else:
-        ask(model, [image], line, args)
-    except Fault as e:
-      print(f"vlm: {e}", file=sys.stderr)
-
 def main(argv=None):
   def fail(message):  # one line, like every other fault
     raise Fault(f"{message}; see --help")
@@ -732,14 +721,14 @@ def main(argv=None):
     prog="vlm.py", description="Ask PaliGemma about a picture. Without a prompt: ask again and again.",
     epilog='prompts of mix checkpoints: "caption en", "answer en QUESTION", "detect A ; B", "segment A"')
   p.error = fail
-  p.add_argument("inputs", nargs="*", metavar="IMAGE [PROMPT]", help="a picture, and what to ask of it")
-  p.add_argument("--weights", metavar="DIR", help="a PaliGemma folder (default: the largest under weights/)")
+  p.add_argument("inputs", nargs="*", metavar="IMAGE [IMAGE ...] [PROMPT]", help="pictures, and what to ask of them")
+  p.add_argument("--weights", metavar="DIR", help="a PaliGemma folder or .npz (default: the largest in weights/)")
   p.add_argument("--max-tokens", type=int, default=MAX_TOKENS, metavar="N", help="longest answer (default %(default)s)")
   p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: always the likeliest token (default)")
   p.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens")
   p.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens of mass P")
   p.add_argument("--seed", type=int, metavar="S", help="repeat a sample")
-  p.add_argument("--out", metavar="FILE", help="where boxes are drawn (default: IMAGE.boxes.png in this folder)")
+  p.add_argument("--out", metavar="FILE", help="picture with boxes (default: IMAGE.boxes.png here), --batch's answers")
   p.add_argument("--json", action="store_true", help="one JSON object instead of text")
   p.add_argument("--quantize", choices=quantize.BITS, help="weights in 8 or 4 bits; --save keeps them as a folder")
   p.add_argument("--device", metavar="DEV", help="METAL, CUDA, CPU, ... (default: the best there is, or $DEV)")
@@ -747,21 +736,22 @@ def main(argv=None):
   p.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
   show.add_arguments(p)
   train.add_arguments(p)
+  batch.add_arguments(p)
   try:
     args = p.parse_args(argv)
     status.quiet = args.quiet
     if args.device:
       DEV.value = args.device
     show.check(args)
-    if (code := train.run(args)) is not None:
-      return code
-    if len(args.inputs) > 2:
-      raise Fault("one picture and one prompt: put quotes around a prompt of several words")
-    images, prompt = args.inputs[:1], "".join(args.inputs[1:])
+    for program in (train, batch):
+      if (code := program.run(args)) is not None:
+        return code
+    images, prompt = batch.split(args.inputs)
     if not images:
       images, prompt = [str(Path(__file__).with_name("examples") / "shapes.png")], "caption en"
     check_sampling(args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed)  # all before the slow part
-    open_image(images[0])
+    for name in images:
+      open_image(name)
     if args.out:
       draw.check_output(args.out, images)
     folder = args.weights or default_weights()
@@ -775,10 +765,8 @@ def main(argv=None):
     if model.config.note:
       say(args, model.config.note)
     if args.show:
-      return show.run(model, images, prompt, args)
-    if not prompt and len(args.inputs) == 1:
-      return talk(model, images[0], args)
-    return ask(model, images, prompt, args)
+      return show.run(model, images, prompt or "", args)
+    return (talk.run if prompt is None else ask)(model, images, prompt, args)
   except Fault as e:
     status("")
     print(f"vlm: {e}", file=sys.stderr)
@@ -789,12 +777,15 @@ def main(argv=None):
 # The programs in examples/ build on this file, so they come last; what they import as vlm is this, not a second copy.
 sys.modules["vlm"] = sys.modules[__name__]
 sys.path.append(str(Path(__file__).with_name("examples")))
+import batch  # noqa: E402
 import compiled  # noqa: E402
 import draw  # noqa: E402
 import kernels  # noqa: E402
+import original  # noqa: E402
 import quantize  # noqa: E402
 import sharding  # noqa: E402
 import show  # noqa: E402
+import talk  # noqa: E402
 import train  # noqa: E402
 
 if __name__ == "__main__":

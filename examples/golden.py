@@ -81,16 +81,16 @@ def load(folder, dtype="float32"):
   table.embed_scale.copy_(table.embed_scale.to(stored))
   return model
 
-def reference(model, pixels, ids, tokens=TOKENS):
-  """pixels (B, 3, S, S), ids after the image -> vision (B, P, Dv), projected (B, P, D), logits (B, V) after the prefix,
-  tokens (B, N): greedy, going on after an end token."""
+def reference(model, pixels, ids, tokens=TOKENS, each=1):
+  """pixels (B * each, 3, S, S), `each` pictures a row, ids after the images -> vision (B * each, P, Dv), projected
+  (B * each, P, D), logits (B, V) after the prefix, tokens (B, N): greedy, going on after an end token."""
   import torch
   with torch.no_grad():
     pixels = torch.tensor(pixels).to(model.dtype)
     features = model.get_image_features(pixels)
     vision = model.config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
-    prefix = torch.tensor([[model.config.image_token_id] * patches + ids] * len(pixels))
+    prefix = torch.tensor([[model.config.image_token_id] * patches * each + ids] * (len(pixels) // each))
     out = model(input_ids=prefix, pixel_values=pixels, token_type_ids=torch.zeros_like(prefix),
                 attention_mask=torch.ones_like(prefix), use_cache=True)
     logits, chosen = out.logits[:, -1], []
@@ -108,7 +108,9 @@ def main(folder):
   model, tokenizer = load(folder), Tokenizer(Path(folder) / "tokenizer.model")
   images = pixels(model.config.vision_config.image_size)
   runs = [reference(model, images, tokenizer.prompt(prompt)) for prompt in PROMPTS]
+  both = reference(model, images, tokenizer.prompt(PROMPTS[1]), each=len(images))  # the second prompt, on both pictures
   np.savez_compressed(Path(folder) / "golden.npz", seed=SEED, prompts=PROMPTS, vision=runs[0]["vision"],
+                      both_logits=both["logits"][0], both_tokens=both["tokens"][0].astype(np.int32),
                       projected=runs[0]["projected"], logits=np.stack([run["logits"] for run in runs], 1),
                       tokens=np.stack([run["tokens"] for run in runs], 1).astype(np.int32))  # (images, prompts, ...)
 

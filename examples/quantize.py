@@ -15,6 +15,7 @@ import numpy as np
 from tinygrad import dtypes
 from tinygrad.nn.state import get_state_dict
 
+import original
 import train
 import vlm
 from vlm import Fault
@@ -96,14 +97,14 @@ def save(model, source, folder, name):
   for path, t in get_state_dict(model.net).items():
     path = train.hub_name(path).replace(".weight.data", ".weight").replace(".weight.scale", ".weight_scale")
     tensors[path] = t, t.dtype
-  config = json.loads((source / "config.json").read_text())
+  config = original.config(original.config_path(source))
   config["quantization_config"] = {"quant_method": "vlm.py", "weights": name}  # transformers refuses it by this
   try:
     folder.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(folder).free < sum(t.nbytes() for t, _ in tensors.values()):
       raise Fault(f"{folder}: the disk is too full for the quantised weights; free some", 1)
     train.write_file(folder / "config.json", [json.dumps(config, indent=1).encode()])
-    train.write_file(folder / "tokenizer.model", [(source / "tokenizer.model").read_bytes()])
+    train.write_file(folder / "tokenizer.model", [original.tokenizer_path(source).read_bytes()])
     train.write_file(folder / "model.safetensors", train.safetensors(tensors, model.config.patch_size))
   except OSError as e:
     raise Fault(f"{folder}: {e.strerror or e}; choose another --save", code=1) from None

@@ -15,6 +15,7 @@ from tinygrad import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import vlm
+import batch
 import draw
 import shapes
 import train
@@ -345,9 +346,10 @@ def check(args):
     raise Fault("--layer goes with --show")
   if args.layer is not None and args.layer < 1:
     raise Fault(f"--layer {args.layer}: the first layer is 1")
-  if args.show and (args.train is not None or args.json):
-    raise Fault(f"--show makes a picture of one answer; leave out {'--json' if args.train is None else '--train'}")
-  if args.show == "attention" and len(args.inputs) == 1:
+  for flag, given in (("--train", args.train is not None), ("--batch", isinstance(args.batch, str)), ("--json", args.json)):
+    if args.show and given:
+      raise Fault(f"--show makes a picture of one answer; leave out {flag}")
+  if args.show == "attention" and args.inputs and batch.split(args.inputs)[1] is None:
     raise Fault("--show attention shows an answer, so it needs a prompt")
 
 

@@ -21,7 +21,9 @@ from safetensors import SafetensorError, safe_open
 from tinygrad import Tensor, TinyJit, dtypes, nn
 from tinygrad.nn.state import get_state_dict
 
+import batch
 import compiled
+import original
 import shapes
 import vlm
 from tokenizer import LOC, Tokenizer
@@ -331,12 +333,12 @@ class Run:
     folder can be written to, before anything long starts."""
     try:
       self.folder.mkdir(parents=True, exist_ok=True)
-      config = json.loads((source / "config.json").read_text()) if source else TOY
+      config = original.config(original.config_path(source)) if source else TOY
       if self.args.init and self.args.train:
         config.pop("note", None)  # it says what the weights were
       write_file(self.folder / "config.json", [json.dumps(config, indent=1).encode()])
       if source:
-        write_file(self.folder / "tokenizer.model", [(source / "tokenizer.model").read_bytes()])
+        write_file(self.folder / "tokenizer.model", [original.tokenizer_path(source).read_bytes()])
       else:
         shapes.make_tokenizer(self.folder / "tokenizer.model")
     except OSError as e:
@@ -489,7 +491,8 @@ def add_arguments(parser):
   t.add_argument("--init", metavar="DIR", help="checkpoint to start from (default: random weights)")
   t.add_argument("--save", metavar="DIR", help="where it goes (default: weights/trained)")
   t.add_argument("--steps", type=int, metavar="N", help="updates (default: 24000, of a data folder 2000)")
-  t.add_argument("--batch", type=int, default=32, metavar="B", help="questions an update (default: %(default)s)")
+  t.add_argument("--batch", type=batch.number_or_path, default=32, metavar="B|LIST",
+                 help="questions an update (default: %(default)s); without --train, a list of questions for --out")
   t.add_argument("--lr", type=float, default=1e-3, metavar="R", help="highest learning rate (default: %(default)s)")
   t.add_argument("--train-only", default="all", choices=PARTS, help="freeze the rest")
   t.add_argument("--resume", action="store_true", help="go on with the run in --save")
@@ -503,6 +506,8 @@ def run(args):
     if args.save and not args.quantize:
       raise Fault("--save goes with --train or --quantize")
     return None
+  if isinstance(args.batch, str):
+    raise Fault(f"--batch {args.batch}: with --train it is how many questions an update takes")
   if args.quantize:
     raise Fault("--quantize is for finished weights; leave out --train")
   args.save = args.save or "weights/trained"

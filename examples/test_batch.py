@@ -1,0 +1,392 @@
+"""Tests of batch.py: several pictures for one question, and lists of questions. `-k live` compares with transformers
+itself, with new seeds and sizes at every run (VLM_SEED=N repeats one); that needs torch and transformers."""
+import functools
+import importlib
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path += [str(ROOT), str(ROOT / "examples")]
+import batch
+import compiled
+import golden
+import vlm
+
+WEIGHTS, KINDS = ROOT / "weights", ("tiny1", "tiny2", "tiny2-28b")
+TOLERANCE = 1e-4  # of the logits, in standard deviations: see test_vlm.py
+PROMPT = golden.PROMPTS[1]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(compiled, "KEPT", 0)
+
+
+@functools.cache
+def model(kind):
+  return vlm.load(WEIGHTS / kind)
+
+
+def differ(a, b):
+  assert a.shape == b.shape
+  return float(np.abs(np.float64(a) - b).max() / b.std())
+
+
+def picture(path, seed, size=(80, 60)):
+  Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), np.uint8)).save(path)
+  return str(path)
+
+# ---- several pictures for one question ----
+@pytest.mark.parametrize("kind", KINDS)
+def test_golden_two_pictures(kind):
+  m, expected, pair = model(kind), np.load(WEIGHTS / kind / "golden.npz"), list(golden.pixels(56))
+  assert differ(m.logits(pair, PROMPT), expected["both_logits"]) < TOLERANCE
+  answer, = m.generate([pair], [PROMPT], max_tokens=golden.TOKENS)
+  assert answer.tokens == expected["both_tokens"].tolist() and len(answer.tokens) == golden.TOKENS
+  assert differ(m.logits(pair[::-1], PROMPT), expected["both_logits"]) > 100 * TOLERANCE  # which comes first matters
+  assert differ(m.logits(pair[0], PROMPT), expected["both_logits"]) > 100 * TOLERANCE
+
+
+def test_rows_of_two_pictures_in_a_batch():
+  m, (a, b) = model("tiny2"), golden.pixels(56)
+  rows, prompts = [[a, b], (b, a), [a, a]], ["x", "what?", "x"]
+  alone = [m.generate([row], [prompt], max_tokens=6)[0] for row, prompt in zip(rows, prompts)]
+  assert m.generate(rows, prompts, max_tokens=6) == alone and len({tuple(r.tokens) for r in alone}) == 3
+  for wrong in ([[a, b], a], [a, [a, b]], [[a], [a, b, b]], [[], []], [[], a]):
+    with pytest.raises(vlm.Fault, match="equally many"):
+      m.generate(wrong, ["x"] * 2, max_tokens=2)
+
+
+def test_what_is_picture_and_what_is_prompt():
+  for name in ("a.jpg", "b.jpg", "cat"):
+    Path(name).touch()
+  for inputs, pictures, prompt in (
+      ("", [], None), ("a.jpg", ["a.jpg"], None), ("none.jpg", ["none.jpg"], None),
+      ("a.jpg|what is it?", ["a.jpg"], "what is it?"), ("none.jpg|what?", ["none.jpg"], "what?"),
+      ("a.jpg|", ["a.jpg"], ""),
+      ("a.jpg|b.jpg", ["a.jpg", "b.jpg"], None), ("a.jpg|b.jpg|what changed?", ["a.jpg", "b.jpg"], "what changed?"),
+      ("a.jpg|a.jpg|ocr", ["a.jpg"] * 2, "ocr"), ("a.jpg|cat", ["a.jpg", "cat"], None),
+      ("a.jpg|is b.png there", ["a.jpg"], "is b.png there"), ("a.jpg|mr. x", ["a.jpg"], "mr. x"),
+      ("a.jpg|v1.5", ["a.jpg"], "v1.5"), ("a.jpg|" + "long " * 9000, ["a.jpg"], "long " * 9000)):
+    assert batch.split(inputs.split("|") if inputs else []) == (pictures, prompt)
+  for inputs, words in (("a.jpg|none.JPG", "none.JPG: no such image"), ("a.jpg|caption|en", "quotes"),
+                        ("none.jpg|b.jpg|x", "none.jpg: no such image"), ("a.jpg|b.jpg|none.png", "none.png")):
+    with pytest.raises(vlm.Fault, match=words):
+      batch.split(inputs.split("|"))
+
+
+def test_two_pictures_on_the_command_line(capsys, monkeypatch):
+  m, a, b = model("tiny1"), picture("a.png", 1), picture("b.png", 2)
+  monkeypatch.setattr(vlm, "load", lambda *args, **options: m)
+  right, single = (m.generate([row], ["what changed?"], max_tokens=8)[0].text for row in ([a, b], a))
+  assert right != single
+  assert vlm.main([a, b, "what changed?", "--max-tokens", "8"]) == 0
+  assert capsys.readouterr().out == right + "\n"
+  monkeypatch.setattr(sys, "stdin", io.StringIO(f"what changed?\n:image {a}\nwhat changed?\n"))
+  assert vlm.main([a, b, "--max-tokens", "8"]) == 0  # asks
+  assert capsys.readouterr().out == right + "\n" + single + "\n"
+  for argv, words in (([a, b, "x", "--out", "b.png"], "input"), ([a, "c.png", "x"], "c.png"), ([a, "c.png"], "c.png")):
+    assert vlm.main(argv) == 2 and words in capsys.readouterr().err
+
+# ---- lists ----
+def write_list(*rows, name="list.jsonl"):
+  lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+  Path(name).write_bytes(b"".join(line + b"\n" for line in lines))
+
+
+def read(name="answers.jsonl"):
+  data = Path(name).read_bytes()
+  assert data.endswith(b"\n") or not data
+  return [json.loads(line) for line in data.splitlines()]
+
+
+def do(*argv, out="answers.jsonl", quiet=True):
+  return vlm.main(["--batch", "list.jsonl", "--out", out, "--max-tokens", "6", *["--quiet"] * quiet, *map(str, argv)])
+
+
+class Echo:
+  """A model that answers with what it was asked, and counts."""
+  config = SimpleNamespace(note="")
+  def __init__(self):
+    self.sizes, self.fail = [], lambda prompt: None
+  def generate(self, images, prompts, **options):
+    assert len({len(row) for row in images}) == 1 and len(images) == len(prompts)
+    for prompt in prompts:
+      self.fail(prompt)
+    self.sizes.append(len(prompts))
+    return [vlm.Answer(f"{prompt} {[image.size for image in row]}", [1], vlm.parse_boxes(prompt, *row[0].size))
+            for row, prompt in zip(images, prompts)]
+
+
+@pytest.fixture
+def echo(monkeypatch):
+  m = Echo()
+  monkeypatch.setattr(vlm, "load", lambda *args, **options: m)
+  monkeypatch.setattr(vlm, "default_weights", lambda: "weights")
+  return m
+
+
+def test_batches_answer_as_single_questions_do(monkeypatch, capsys):
+  m = model("tiny1")
+  monkeypatch.setattr(vlm, "load", lambda *args, **options: m)
+  Path("pictures").mkdir()
+  for i in range(5):
+    picture(f"pictures/{i}.png", i)
+  rows = [{"image": f"{i}.png", "prompt": f"caption {'x' * i}"} for i in range(4)]
+  rows += [{"image": ["1.png", "2.png"], "prompt": "what?"}, {"image": ["3.png", "4.png"], "prompt": "and?"},
+           {"image": "4.png", "prompt": "caption"}]
+  write_list(*rows, name="pictures/list.jsonl")
+  assert vlm.main(["--batch", "pictures/list.jsonl", "--out", "a.jsonl", "--batch-size", "3", "--max-tokens", "6"]) == 0
+  out, err = capsys.readouterr()
+  assert out == "" and re.search(r"7 rows: a\.jsonl; 9 pictures in .* s, .* pictures/s\n$", err) and "noise" in err
+  got = read("a.jsonl")
+  assert [list(row) for row in got] == [["row", "image", "prompt", "text", "boxes"]] * 7
+  for i, (row, asked) in enumerate(zip(got, rows), 1):
+    names = asked["image"] if isinstance(asked["image"], list) else [asked["image"]]
+    right, = m.generate([["pictures/" + name for name in names]], [asked["prompt"]], max_tokens=6)
+    assert row == asked | {"row": i, "text": right.text, "boxes": []}
+
+
+def test_batches_are_full_and_boxes_are_there(echo):
+  picture("a.png", 1, (100, 50))
+  box = "<loc0000><loc0000><loc1023><loc0512> dog"
+  write_list(*[{"image": "a.png", "prompt": f"{box} {i}"} for i in range(3)], {"image": "none.png", "prompt": "x"},
+             *[{"image": "a.png", "prompt": "x"}] * 4, {"image": ["a.png"] * 2, "prompt": "y"})
+  assert do("--batch-size", 4) == 0
+  assert echo.sizes == [4, 3, 1]  # a bad row takes no place
+  rows = read()
+  assert [row["row"] for row in rows] == list(range(1, 10)) and "error" in rows[3]
+  assert rows[1]["boxes"] == [{"label": "dog 1", "box": [0.0, 0.0, pytest.approx(50, abs=.1), 50.0]}]
+
+
+def test_bad_rows_are_reported_and_skipped(echo, capsys):
+  picture("a.png", 1)
+  Path("text.png").write_text("not a picture")
+  def fail(prompt):
+    if prompt == "too long":
+      raise vlm.Fault("the prompt does not fit")
+  echo.fail = fail
+  good = {"image": "a.png", "prompt": "x"}
+  bad = [{"image": image, "prompt": "x"} for image in (
+    "none.png", "text.png", [], ["a.png", 3], "", "a\0", "x" * 9000, ["a.png", "none.png"], ".", "n\nn")]
+  bad += [b"{", b"3", b"\xff\xfe", b"[" * 100000, b'{"image": "a.png", "prompt": "\\ud800"}', {"image": "a.png"},
+          {"prompt": "x"}, {"image": "a.png", "prompt": 3}, {"image": "a.png", "prompt": "too long"}]
+  rows = [row for pair in zip([good] * len(bad), bad) for row in pair]
+  write_list(*rows[:4], b"", b"  ", *rows[4:], good)  # lines 5 and 6 are blank
+  assert do("--batch-size", 5) == 0
+  got, lines = read(), [*range(1, 5), *range(7, len(rows) + 4)]
+  assert [row["row"] for row in got] == lines
+  assert ["error" in row for row in got] == [False, True] * len(bad) + [False]
+  assert got[1] == {"row": 2, **bad[0], "error": got[1]["error"]} and "none.png" in got[1]["error"]
+  err = capsys.readouterr().err.splitlines()
+  assert [int(re.match(r"vlm: list.jsonl line (\d+): .", line)[1]) for line in err] == lines[1::2]
+  before, asked = Path("answers.jsonl").read_bytes(), len(echo.sizes)
+  assert do() == 0 and Path("answers.jsonl").read_bytes() == before and len(echo.sizes) == asked
+
+
+def test_a_fault_of_the_model_is_no_row_s(echo, capsys):
+  picture("a.png", 1)
+  write_list(*[{"image": "a.png", "prompt": str(i)} for i in range(6)])
+  def fail(prompt):
+    if prompt == "4":
+      raise vlm.Fault("the logits are NaN", code=1)
+  echo.fail = fail
+  assert do("--batch-size", 2) == 1 and "NaN" in capsys.readouterr().err
+  assert [row["row"] for row in read()] == [1, 2, 3, 4]
+  echo.fail = lambda prompt: None
+  assert do("--batch-size", 2) == 0 and [row["row"] for row in read()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_goes_on_after_every_possible_cut(echo, capsys):
+  picture("a.png", 1)
+  write_list({"image": "a.png", "prompt": "ä\n"}, b"nonsense", {"image": "none.png", "prompt": "x"},
+             {"image": ["a.png", "a.png"], "prompt": "y"})
+  assert do(quiet=False) == 0
+  assert "4 rows, 2 of them bad: answers.jsonl" in capsys.readouterr().err
+  whole = Path("answers.jsonl").read_bytes()
+  for end in range(len(whole) + 1):
+    Path("answers.jsonl").write_bytes(whole[:end])
+    echo.sizes.clear()
+    assert do() == 0 and Path("answers.jsonl").read_bytes() == whole, end
+    done = whole[:end].count(b"\n")
+    assert sum(echo.sizes) == [2, 1, 1, 1, 0][done]  # nothing that was finished is done again
+  Path("answers.jsonl").write_bytes(whole[:len(whole) - 5])
+  capsys.readouterr()
+  assert do(quiet=False) == 0 and "4 rows, 3 of them before: answers.jsonl" in capsys.readouterr().err
+  with open("list.jsonl", "a") as file:  # a list may grow
+    file.write('{"image": "a.png", "prompt": "more"}')
+  assert do() == 0 and Path("answers.jsonl").read_bytes().startswith(whole) and len(read()) == 5
+
+
+def test_files_that_are_something_else_are_left_alone(echo, capsys):
+  a = picture("a.png", 1)
+  write_list({"image": "a.png", "prompt": "x"}, {"image": "a.png", "prompt": "y"})
+  assert do() == 0
+  whole = Path("answers.jsonl").read_bytes()
+  others = [b"mine", b"mine\n", b'{"row": 2', b'{"row": 1, "image": "b.png"', b"\n", b"\n\n", whole + b"more",
+            whole + whole, whole + b"\n", whole.replace(b'"y"', b'"z"'), whole.replace(b'"a.png"', b'"b.png"'),
+            whole.replace(b'"row": 1', b'"row": 3'), whole.splitlines(True)[1], whole.replace(b'"text"', b'"word"')]
+  for data in others:
+    Path("answers.jsonl").write_bytes(data)
+    assert do() == 2, data
+    err = capsys.readouterr().err
+    assert re.fullmatch(r"vlm: .*answers\.jsonl.*\n", err) and Path("answers.jsonl").read_bytes() == data
+  before = Path("list.jsonl").read_bytes(), Path(a).read_bytes()
+  os.link("a.png", "hard.png")
+  for out in ("list.jsonl", "./list.jsonl", "a.png", "hard.png"):
+    assert do(out=out) == 2 and "choose another" in capsys.readouterr().err
+  assert (Path("list.jsonl").read_bytes(), Path(a).read_bytes()) == before
+  for out in (".", "no/answers.jsonl"):
+    assert do(out=out) == 2 and re.fullmatch(r"vlm: .*--out.*\n", capsys.readouterr().err)
+
+
+def test_one_run_at_a_time(echo, capsys):
+  fcntl = pytest.importorskip("fcntl")
+  picture("a.png", 1)
+  write_list({"image": "a.png", "prompt": "x"})
+  with open("answers.jsonl", "ab") as other:
+    fcntl.flock(other, fcntl.LOCK_EX)
+    assert do() == 2 and "another run" in capsys.readouterr().err
+  assert do() == 0 and len(read()) == 1
+
+
+def test_a_full_disk_leaves_whole_rows(echo, capsys, monkeypatch):
+  picture("a.png", 1)
+  write_list(*[{"image": "a.png", "prompt": str(i)} for i in range(4)])
+  resource = pytest.importorskip("resource")
+  signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))  # two rows and a half
+  try:
+    code = do()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  assert code == 1 and re.fullmatch(r"vlm: answers\.jsonl: .*\n", capsys.readouterr().err)
+  some = read()
+  assert 0 < len(some) < 4
+  assert do() == 0 and read()[:len(some)] == some and len(read()) == 4
+
+
+def test_mistakes_on_the_command_line(echo, capsys):
+  picture("a.png", 1)
+  write_list({"image": "a.png", "prompt": "x"})
+  Path("empty.jsonl").write_text("\n \n")
+  for argv, words in ((["--batch", "list.jsonl"], "--out"), (["--batch", "none.jsonl", "--out", "o"], "none.jsonl"),
+                      (["--batch", "empty.jsonl", "--out", "o"], "empty"), (["--batch", ".", "--out", "o"], "--batch"),
+                      (["a.png", "x", "--batch", "list.jsonl", "--out", "o"], "a.png"),
+                      (["--batch", "list.jsonl", "--out", "o", "--json"], "--json"),
+                      (["--batch", "list.jsonl", "--out", "o", "--batch-size", "0"], "--batch-size"),
+                      (["--batch", "list.jsonl", "--out", "o", "--max-tokens", "0"], "--max-tokens"),
+                      (["--batch", "list.jsonl", "--out", "o", "--quantize", "int8", "--save", "s"], "--save"),
+                      (["--train", "--batch", "list.jsonl"], "--batch"),
+                      (["a.png", "x", "--batch-size", "3"], "--batch LIST")):
+    assert vlm.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and re.fullmatch(r"vlm: .*\n", err) and words in err, err
+    assert not Path("o").exists()
+
+
+def test_weights_that_do_not_load_leave_no_file(capsys):
+  picture("a.png", 1)
+  write_list({"image": "a.png", "prompt": "x"})
+  assert do("--weights", "nothing") == 2 and "config.json" in capsys.readouterr().err
+  assert not Path("answers.jsonl").exists()
+
+
+def test_progress_on_a_terminal_only(echo, capsys, monkeypatch):
+  picture("a.png", 1)
+  write_list(*[{"image": "a.png", "prompt": str(i)} for i in range(4)])
+  terminal = io.StringIO()
+  terminal.isatty = lambda: True
+  with monkeypatch.context() as patch:
+    patch.setattr(sys, "stderr", terminal)
+    assert do("--batch-size", 1, quiet=False) == 0
+  shown = terminal.getvalue()
+  assert "[#####               ] 1/4 " in shown and "[" + "#" * 20 + "] 4/4 " in shown and "pictures/s" in shown
+  Path("answers.jsonl").unlink()
+  assert do(quiet=False) == 0 and "[#" not in capsys.readouterr().err
+
+COMMAND = [sys.executable, ROOT / "vlm.py", "--batch", "list.jsonl", "--weights", WEIGHTS / "tiny1",
+           "--batch-size", "2", "--max-tokens", "12"]
+
+
+def wait_for(lines, run):
+  answers = Path("answers.jsonl")
+  while run.poll() is None and not (answers.exists() and answers.read_bytes().count(b"\n") >= lines):
+    time.sleep(0.005)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+def test_killed_in_the_middle(tmp_path):
+  """three times, at moments that are not chosen; the end is the file of a run that nobody killed, byte for byte"""
+  picture("a.png", 1)
+  rows = [{"image": "a.png", "prompt": f"caption {'x' * (i % 3)}"} for i in range(120)]
+  write_list(*rows[:60], b"no row", *rows[60:])
+  command = [*COMMAND, "--out"]
+  subprocess.run([*command, "whole.jsonl"], check=True, capture_output=True)
+  whole, kept = Path("whole.jsonl").read_bytes(), b""
+  assert whole.count(b"\n") == 121
+  for lines in (3, 20, 50):
+    with subprocess.Popen([*command, "answers.jsonl"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+      wait_for(lines, run)
+      run.send_signal(signal.SIGKILL)
+    assert run.returncode == -signal.SIGKILL, "it was done before it could be killed"
+    data = Path("answers.jsonl").read_bytes()
+    assert whole.startswith(data) and data.endswith(b"\n") and data.startswith(kept)
+    assert lines <= data.count(b"\n") < 121
+    kept = data
+  done = subprocess.run([*command, "answers.jsonl"], capture_output=True, text=True)
+  assert done.returncode == 0 and Path("answers.jsonl").read_bytes() == whole
+  assert f"121 rows, {kept.count(bytes([10]))} of them before" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one process")
+def test_ctrl_c():
+  picture("a.png", 1)
+  write_list(*[{"image": "a.png", "prompt": "caption en"}] * 3000)
+  with subprocess.Popen([*COMMAND, "--out", "answers.jsonl"], stderr=subprocess.PIPE, text=True) as run:
+    wait_for(1, run)
+    run.send_signal(signal.SIGINT)
+    err = run.communicate(timeout=60)[1]
+  assert run.returncode == 130 and "Traceback" not in err and f"stopped: {len(read())} rows: answers.jsonl" in err
+
+# ---- live ----
+@pytest.fixture(scope="module")
+def live_seed():
+  for package in ("torch", "transformers"):
+    if os.environ.get("VLM_LIVE"):  # CI, which must not skip
+      importlib.import_module(package)
+    pytest.importorskip(package, reason=f"the live comparison needs {package}: see .ci/run for its environment")
+  return int(os.environ.get("VLM_SEED") or np.random.SeedSequence().entropy % 2**31)
+
+
+@pytest.mark.parametrize("gemma2", [False, True])
+def test_live_two_pictures(gemma2, live_seed, tmp_path, monkeypatch):
+  """and three; as transformers answers for all of them in one prompt"""
+  monkeypatch.setattr(vlm.kernels, "PORTABLE", True, raising=False)
+  rng = np.random.default_rng([live_seed, gemma2])
+  config = golden.random_config(rng, gemma2)
+  note = f"VLM_SEED={live_seed} {config}"
+  golden.make(tmp_path / "w", config, live_seed)
+  theirs, m = golden.load(tmp_path / "w"), vlm.load(tmp_path / "w")
+  for each in (2, 3):
+    images = golden.pixels(m.config.image_size, 2 * each, live_seed)
+    rows, prompt = [list(images[:each]), list(images[each:])], "".join(rng.choice(list("abcdefg ;"), 12))
+    right = golden.reference(theirs, images, m.tokenizer.prompt(prompt), each=each)
+    for i, answer in enumerate(m.generate(rows, [prompt] * 2, max_tokens=golden.TOKENS)):
+      assert differ(m.logits(rows[i], prompt), right["logits"][i]) < TOLERANCE, note
+      whole = right["tokens"][i].tolist()
+      assert answer.tokens == whole[:whole.index(1) if 1 in whole else None], note
