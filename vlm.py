@@ -571,8 +571,8 @@ def check_names(expected, found):
     raise Fault(f"the weights do not fit config.json; {'; '.join(parts)}")
 
 def to_tensor(name, array, device, config):
-  """A weight on the device, or split over several: on a CPU a view of the file, but for what tinygrad's own kernels want
-  aligned."""
+  """A weight on the device, or split over several. On a CPU it is a view of the file, but for what tinygrad's own
+  kernels want aligned."""
   if isinstance(device, tuple):
     return upload(array, device, sharding.axis(name, array, config, device))
   ours = array.ndim == 2 and "position_embedding" not in name and compiled.in_c(device)
@@ -638,7 +638,7 @@ def matmul(a, b, kind="nt", batched=False):
 
 def rows(w, ids):
   """Rows ids (B, T) of w (V, D) -> (B, T, D) float32."""
-  return kernels.rows(w, ids) if compiled.in_c(ids.device) else widen(w[ids])
+  return kernels.rows(w, ids) if compiled.in_c(ids.device) else sharding.whole(widen(w[ids]))
 
 def fused(x):
   """Whether what follows, and the attention of one token, is C: on a CPU, where nothing is differentiated."""

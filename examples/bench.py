@@ -5,6 +5,7 @@
     python examples/bench.py DIR --check --python REF               top-1 of the prefix logits, ours and transformers'
     python examples/bench.py DIR --quantized [--vs ...]             int8 and int4: speed, and agreement with DIR itself
     python examples/bench.py DIR --sides 224 448 896                seconds and memory of larger pictures
+    python examples/bench.py DIR --device CUDA [--python REF]       one table for a GPU
     python examples/bench.py --train                                the toy's training step, and where its time goes
 
 REF is a Python with torch and transformers, in an environment of its own (see .ci/run). Every figure is the median of
@@ -283,8 +284,8 @@ def quantized(folder, python, repeat):
   kinds, prefixes = (None, "int8", "int4"), 64
   choices = {kind: run_ours(folder, 0, kind, 0, prefixes)["choices"] for kind in kinds}
   results, ceilings = by_turns(folder, python, repeat, kinds)
-  print("| weights | load, s | prefill, s | decode, ms | of transformers' bfloat16 | GB a token | GB/s | peak memory, GB | "
-        f"same first token as unquantised, of {prefixes} |\n|---|---|---|---|---|---|---|---|---|")
+  print("| weights | load, s | prefill, s | decode, ms | of transformers' bfloat16 | GB a token | GB/s | peak memory, "
+        f"GB | same first token as unquantised, of {prefixes} |\n|---|---|---|---|---|---|---|---|---|")
   for kind in kinds:
     load, prefill, decode, memory = (median(results[kind], key) for key in ("load", "prefill", "decode", "memory"))
     ratio = f"{decode / median(results['transformers'], 'decode'):.2f}" if python else "-"
@@ -403,6 +404,7 @@ def main():
   for flag in ("--check", "--quantized", "--train"):
     p.add_argument(flag, action="store_true")
   p.add_argument("--sides", type=int, nargs="+", metavar="S")
+  p.add_argument("--device", metavar="DEV")
   p.add_argument("--worker", help=argparse.SUPPRESS)
   args = p.parse_args()
   if not args.folder and not args.train:
@@ -414,6 +416,9 @@ def main():
     print(json.dumps(result | {"memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}))
   elif args.train:
     training()
+  elif args.device:
+    import bench_gpu
+    bench_gpu.table(args.folder, args.device, args.python)
   elif args.check:
     return 0 if check(args.folder, args.python) else 1
   elif args.quantized:

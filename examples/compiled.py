@@ -170,7 +170,7 @@ def owned(tensors):
 
 
 def read(path, tensors, inputs):
-  """-> a captured TinyJit and what it returns for these inputs; None twice if there is no such file, or it is no use."""
+  """-> a captured TinyJit and what it returns for these inputs; None twice if there is no such file or it is no use."""
   with contextlib.suppress(Exception):  # not there, damaged, of a driver that has changed: whatever it is, capture anew
     if KEPT:
       with open(path, "rb") as file:

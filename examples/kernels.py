@@ -1,6 +1,6 @@
 """What vlm.py (section 10) computes in a way of its own. On a CPU: kernels.c as functions of tensors. Shapes, types and
-switches go to the C as #defines, so that each shape is compiled for itself. On GPUs: products with weights of 16 bits or
-fewer, which tinygrad's own rules for a matrix and a vector, or for tensor cores, do not recognise."""
+switches go to the C as #defines, so that each shape is compiled for itself. On GPUs: products with weights of 16 bits
+or fewer, which tinygrad's own rules for a matrix and a vector, or for tensor cores, do not recognise."""
 import math
 
 from tinygrad import Device, Tensor, UOp, dtypes
@@ -63,7 +63,7 @@ def by_row(name, srcs, **defines):
   x, K = srcs["x"], srcs["x"].shape[-1]
   I = x.numel() // K
   kind = srcs.get("b", x).dtype
-  defines = {name.upper(): len(srcs), "I": I, "K": K, "BITS": FORMATS[kind], "FLOAT16": int(kind == dtypes.float16)} | defines
+  defines |= {name.upper(): len(srcs), "I": I, "K": K, "BITS": FORMATS[kind], "FLOAT16": int(kind == dtypes.float16)}
   return compiled.c_kernel(f"{name}_{I}_{K}", defines, {"out": empty(x, *x.shape)}, srcs, 16 * I * K)
 
 
@@ -97,11 +97,24 @@ def on_gpu(x, w):
     w = w.data.cast(kind)
   elif w.dtype == dtypes.uint16 and kind == dtypes.bfloat16:
     w = w.bitcast(kind)
-  else:  # int4 in a buffer of its own: tensor cores take no such indices
-    w = vlm.widen(w).cast(kind).contiguous() if w.dtype == dtypes.uint8 else vlm.widen(w)
+  else:
+    alone = w.dtype == dtypes.uint8 and K % 32 == 0 and isinstance(x.device, str)
+    w = unpacked(w, x, kind) if alone else vlm.widen(w).cast(kind)
   # w first: then the tokens need to be a multiple of 8 and not of 16; contiguous: else two products are one kernel
   out = w.dot(x.reshape(I, K).cast(kind).contiguous().T, dtype=dtypes.float).T.contiguous()
   return (out * scale).reshape(*x.shape[:-1], N)
+
+
+def unpacked(w, x, kind):
+  """int4 -> kind (N, K) in a buffer of its own, since tensor cores take no such indices. x is not read, but waited for:
+  without it all weights of a model would be unpacked first, and be in memory together."""
+  def kernel(out, data, scale, x):
+    n, group, pair = UOp.range(w.shape[0], 0), UOp.range(w.shape[1] // 32, 1), UOp.range(16, 2)
+    half = UOp.range(2, 3)
+    number = (data[n, group * 16 + pair] >> (half * 4).cast(dtypes.uint8) & 15).cast(dtypes.float) - 8
+    store = out[n, group * 32 + pair * 2 + half].store((number * scale[n, group]).cast(kind))
+    return store.end(n, group, pair, half).sink(arg=KernelInfo(name=f"unpacked_{w.shape[0]}_{w.shape[1]}"))
+  return empty(x, *w.shape, dtype=kind).custom_kernel(w.data, w.scale, x, fxn=kernel)[0]
 
 
 def few_rows(x, w):

@@ -1,5 +1,5 @@
-"""Every kernel of a model, for a GPU that is not there: tinygrad's null device schedules and renders as a real one does,
-and runs nothing. The kernels go to stdout as JSON lines {"name", "local", "source"}, for the tests; a last line has the
+"""Every kernel of a model, for a GPU that is not there: tinygrad's null device schedules and renders as a real one
+does, and runs nothing. The kernels go to stdout as JSON lines {"name", "local", "source"}, for the tests; a last line has the
 bytes of all buffers.
 
     python examples/rendered.py METAL:Apple7 3b              vision, prefill and decode of PaliGemma-3B on an M1
@@ -22,7 +22,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 VISION = dict(hidden_size=1152, num_hidden_layers=27, num_attention_heads=16, intermediate_size=4304, patch_size=14)
 TEXT = {  # of the published checkpoints
-  "3b": dict(hidden_size=2048, num_hidden_layers=18, num_attention_heads=8, num_key_value_heads=1, intermediate_size=16384),
+  "3b": dict(hidden_size=2048, num_hidden_layers=18, num_attention_heads=8, num_key_value_heads=1,
+             intermediate_size=16384),
   "2-3b": dict(hidden_size=2304, num_hidden_layers=26, num_attention_heads=8, num_key_value_heads=4,
                intermediate_size=9216),
   "2-10b": dict(hidden_size=3584, num_hidden_layers=42, num_attention_heads=16, num_key_value_heads=8,
@@ -62,7 +63,7 @@ def stand_in(target):
   ops_null.NullProgram.__init__, ops_null.NullProgram.__call__ = load, call
 
 
-def model(size, side=224, bits=None, layers=None):
+def model(size, side=224, bits=None, layers=None, shard=1):
   """A VLM of a published size, or of a few of its layers, with no numbers in its weights."""
   import vlm
   from tinygrad.nn.state import get_state_dict
@@ -87,7 +88,7 @@ def model(size, side=224, bits=None, layers=None):
       groups = -(-t.shape[1] // 32)
       put(name, np.uint8, t.shape[0], groups * 16)
       put(name + "_scale", np.float32, t.shape[0], groups)
-  device = vlm.compiled.open_device()
+  device = vlm.compiled.open_device(None, shard)
   return vlm.VLM(vlm.assemble(config, arrays, device), config, None, device)
 
 
@@ -136,6 +137,7 @@ def main():
   p.add_argument("--bits", choices=["int8", "int4"])
   p.add_argument("--batch", type=int, default=1)
   p.add_argument("--side", type=int, default=224)
+  p.add_argument("--shard", type=int, default=1)
   p.add_argument("--layers", type=int, help="of each tower, instead of all: they have the same kernels")
   args = p.parse_args()
   if args.target == "memory":
@@ -149,7 +151,7 @@ def main():
   if args.what == "train":
     training()
   else:
-    answer(m := model(args.what, args.side, args.bits, args.layers), args.batch)
+    answer(m := model(args.what, args.side, args.bits, args.layers, args.shard), args.batch)
   print(json.dumps({"bytes": GlobalCounters.mem_used}))
 
 

@@ -1,20 +1,22 @@
 """`--shard N`: a model too large for one device, its weights split over N by tinygrad's own sharding.
 
-Columns of what a layer computes first (q, k, v, gate, up, fc1) and rows of what comes after (o, out, down, fc2), so that
-each device has whole heads and whole hidden units, and the devices add their parts once in each half of a layer. What N
-does not divide stays whole on every device: Gemma 1 has a single key/value head. The embedding is split by its width:
-tokens look up a part of each row on each device, and as the head it adds up parts of each logit.
+Columns of what a layer computes first (q, k, v, gate, up, fc1) and rows of what comes after (o, out, down, fc2), so
+that each device has whole heads and whole hidden units, and the devices add their parts once in each half of a layer.
+What N does not divide stays whole on every device: Gemma 1 has a single key/value head. The embedding is split by its
+width: of a token each device looks up a part, which all then share, and as the head it adds up parts of each logit.
 """
 import math
 
 import numpy as np
+from tinygrad import Tensor
 
-COLUMNS, ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "fc1"), ("o_proj", "out_proj", "down_proj", "fc2")
+COLUMNS = "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "fc1"
+ROWS = "o_proj", "out_proj", "down_proj", "fc2"
 
 
 def axis(name, array, config, device):
-  """The axis along which a weight of that name (its path in PaliGemma), stored as that array, is split over the devices,
-  or None. "cache" is a KV cache (B, K, C, d)."""
+  """The axis along which a weight of that name (its path in PaliGemma), stored as that array, is split over the
+  devices, or None. "cache" is a KV cache (B, K, C, d)."""
   count, shape = len(device) if isinstance(device, tuple) else 1, array.shape
   *_, layer, kind = ("", *name.split("."))
   # the query heads of a key/value head stay together, but where there is only one of these: it is whole everywhere
@@ -34,6 +36,11 @@ def axis(name, array, config, device):
   elif layer == "embed_tokens" and len(shape) == 2:
     split, units = 1, shape[1]
   return None if split is None or count == 1 or units % count or shape[split] % count else split
+
+
+def whole(t):
+  """A tensor that is split -> whole on every device; any other as it is."""
+  return t if t.uop.axis is None else Tensor(t.uop.copy_to_device(t.device))
 
 
 def memory(tensors):

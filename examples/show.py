@@ -346,7 +346,8 @@ def check(args):
     raise Fault("--layer goes with --show")
   if args.layer is not None and args.layer < 1:
     raise Fault(f"--layer {args.layer}: the first layer is 1")
-  for flag, given in (("--train", args.train is not None), ("--batch", isinstance(args.batch, str)), ("--json", args.json)):
+  others = {"--train": args.train is not None, "--batch": isinstance(args.batch, str), "--json": args.json}
+  for flag, given in others.items():
     if args.show and given:
       raise Fault(f"--show makes a picture of one answer; leave out {flag}")
   if args.show == "attention" and args.inputs and batch.split(args.inputs)[1] is None:

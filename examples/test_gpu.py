@@ -18,7 +18,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 # Two layers have all the kernels that 18 or 26 have. 448 pixels are more than a CHUNK of queries.
 INFERENCE = [("3b",), ("3b", "--bits", "int8", "--batch", "8"), ("2-3b", "--bits", "int4"), ("2-3b", "--side", "448")]
-EVERY = [*INFERENCE, ("train",)]
+EVERY = [*INFERENCE, ("2-3b", "--shard", "2"), ("train",)]
 
 
 @functools.cache

@@ -84,7 +84,8 @@ def test_weights_at_odd_addresses(kind):
   for M in (1, 20):
     x = normal(M, 100)
     w, exact = encode(normal(37, 100, seed=1), kind)
-    parts, views, file = [w.data, w.scale] if isinstance(w, quantize.Packed) else [w], [], np.full(1 << 17, 255, np.uint8)
+    parts = [w.data, w.scale] if isinstance(w, quantize.Packed) else [w]
+    views, file = [], np.full(1 << 17, 255, np.uint8)
     at = 64 - file.ctypes.data % 64
     for part in parts:
       array = part.numpy()

@@ -21,10 +21,11 @@ def answers(model):
   return model.logits(images[0], PROMPTS[0]), [a.tokens for a in model.generate(images, PROMPTS, max_tokens=6)]
 
 
-@pytest.mark.parametrize("name, bits, count", [("tiny1", None, 2), ("tiny1", None, 4), ("tiny2", None, 2), ("tiny2", None, 4),
-                                               ("tiny2-28b", None, 3), ("tiny1", "int8", 2), ("tiny2", "int4", 2)])
+@pytest.mark.parametrize("name, bits, count", [
+  ("tiny1", None, 2), ("tiny2", None, 2), ("tiny2", None, 4), ("tiny2-28b", None, 3), ("tiny1", "int8", 2),
+  ("tiny2", "int4", 2)])
 def test_same_tokens_as_one_device(name, bits, count, monkeypatch):
-  # without instructions that round to bfloat16, and without the kernels that use them: what is left is the order of sums
+  # without instructions that round to bfloat16, and without the kernels that use them: the order of sums is left
   monkeypatch.setattr(vlm.kernels, "PORTABLE", True)
   monkeypatch.setattr(vlm.compiled, "KEPT", 0)
   folder = ROOT / "weights" / name
@@ -59,7 +60,8 @@ def test_cache_is_split_by_heads():
 
 
 def test_command_line():
-  command = [sys.executable, "vlm.py", "examples/shapes.png", "caption en", "--weights", "weights/toy", "--device", "CPU"]
+  command = [sys.executable, "vlm.py", "examples/shapes.png", "caption en", "--weights", "weights/toy"]
+  command += ["--device", "CPU"]
   one, two = (subprocess.run([*command, "--shard", n], cwd=ROOT, capture_output=True, text=True) for n in ("1", "2"))
   assert two.returncode == 0 and two.stdout == one.stdout and one.stdout
   assert "on each of 2 devices" in two.stderr
