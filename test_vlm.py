@@ -1055,8 +1055,8 @@ def test_progress_does_not_clear_the_answer(clone, tmp_path):
 README = (ROOT / "README.md").read_text()
 
 def code_blocks(kind=""):
-  """The fenced blocks of README.md, but those that need the hub and the set-up commands, which .ci/run runs itself."""
-  text = re.sub(r"<!-- (needs the hub|set up [^>]*) -->\n```.*?```", "", README, flags=re.S)
+  """The fenced blocks of README.md, but those that need the hub or a GPU and the set-up commands, for .ci/run."""
+  text = re.sub(r"<!-- (needs [^>]*|set up [^>]*) -->\n```.*?```", "", README, flags=re.S)
   return [block for name, block in re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.S | re.M) if name == kind]
 
 @pytest.fixture(scope="module")
@@ -1074,7 +1074,7 @@ def test_readme_map_is_the_file():
 LESS = {  # what is done to a command that takes minutes, or wants a downloaded checkpoint or transformers
   r"vlm.py --train$": r"\g<0> --save short --steps 0", r"--steps \d+": "--steps 2 --batch 4", r"(--save|--init) weights/": r"\1 ",
   r"weights/paligemma-3b-mix-224": "weights/tiny1", r" --vs transformers --python \S+": "", r"bench.py weights.*": r"\g<0> "
-  "--repeat 1", r"--sides.*": "--sides 56 112", r"--eval": "--eval --scenes 100"}
+  "--repeat 1", r"rendered.py memory": "rendered.py METAL:Apple7 3b --layers 1", r"--sides.*": "--sides 56 112", r"--eval": "--eval --scenes 100"}
 
 def test_readme_commands(clone):
   """in their order: some use what others wrote"""
