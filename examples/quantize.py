@@ -15,6 +15,7 @@ import numpy as np
 from tinygrad import dtypes
 from tinygrad.nn.state import get_state_dict
 
+import masks
 import train
 import vlm
 from vlm import Fault
@@ -87,6 +88,7 @@ def save(model, source, folder, name):
       raise Fault(f"{folder}: the disk is too full for the quantised weights; free some", 1)
     train.write_file(folder / "config.json", [json.dumps(config, indent=1).encode()])
     train.write_file(folder / "tokenizer.model", [(source / "tokenizer.model").read_bytes()])
+    masks.keep(source, folder)
     train.write_file(folder / "model.safetensors", train.safetensors(tensors, model.config.patch_size))
   except OSError as e:
     raise Fault(f"{folder}: {e.strerror or e}; choose another --save", code=1) from None
