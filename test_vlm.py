@@ -374,7 +374,7 @@ def test_boxes():
   several = f"{loc(1, 2, 3, 4)} red circle ; {loc(5, 6, 7, 8)} the old blue square;{loc(9, 9, 9, 9)} cat"
   assert [b.label for b in parse_boxes(several, 100, 100)] == ["red circle", "the old blue square", "cat"]
   seg = "".join(f"<seg{i:03d}>" for i in range(16))
-  assert parse_boxes(loc(0, 0, 1023, 1023) + seg + " big cat", 7, 5) == [Box("big cat", (0, 0, 7, 5))]
+  assert parse_boxes(loc(0, 0, 1023, 1023) + seg + " big cat", 7, 5) == [Box("big cat", (0, 0, 7, 5), tuple(range(16)))]
   assert parse_boxes(loc(1, 2, 3, 4), 10, 10)[0].label == ""
 
 @pytest.mark.parametrize("tail", [loc(1, 2, 3), loc(1, 2, 3) + " cat", loc(1, 2, 3, 4, 5) + " cat", "cat", "",

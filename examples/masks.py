@@ -82,8 +82,8 @@ def read(path, part="decoder"):
     raise
   except KeyError as e:
     problem = f"{e} is missing"
-  except (IndexError, AttributeError):  # a shape too short; an npy file, which has no names
-    problem = "a tensor has too few dimensions, or no name"
+  except (IndexError, TypeError, AttributeError):  # a shape too short; an npy file, which has no names
+    problem = "its tensors have too few dimensions, or no names"
   except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, MemoryError, NotImplementedError) as e:
     problem = f"not a complete npz file: {e}"
   except Fault as e:

@@ -292,9 +292,9 @@ def test_resume_equals_uninterrupted(after, whole, tmp_path, monkeypatch, capsys
 
 def test_scenes_grow_unless_a_checkpoint_goes_on(whole, tmp_path, monkeypatch):
   seen, original = [], shapes.examples
-  def examples(seed, i, k, most=4):
+  def examples(seed, i, k, most=4, codes=None):
     seen.append(most)
-    return original(seed, i, k, most)
+    return original(seed, i, k, most, codes)
   monkeypatch.setattr(shapes, "examples", examples)
   m = vlm.load(whole)
   for grow, wanted in ((True, [1, 1, 2, 2, 3, 3, 4, 4]), (False, [4] * 8)):
