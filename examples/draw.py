@@ -45,9 +45,9 @@ def draw_masks(image, masks, unit):
 
 def shrink(mask, steps):
   """bool (H, W) without its border, `steps` pixels wide. What touches the picture's edge has a border there too."""
-  for _ in range(steps):
-    m = np.pad(mask, 1)
-    mask = m[1:-1, 1:-1] & m[:-2, 1:-1] & m[2:, 1:-1] & m[1:-1, :-2] & m[1:-1, 2:]
+  for _ in range(2):  # along columns; then, as it comes out turned, along rows, which turns it back
+    inside = np.cumsum(np.pad(mask, ((steps + 1, steps), (0, 0))), 0, dtype=np.int32)
+    mask = (inside[2 * steps + 1:] - inside[:-2 * steps - 1] == 2 * steps + 1).T
   return mask
 
 def check_output(path, inputs):

@@ -2,7 +2,7 @@
 map, which is stretched to the box. The decoder comes from a `vae-oid.npz`: big_vision's for Google's checkpoints (all
 of them share it), this project's own for the toy. Sizes are read from the file.
 
-    python examples/masks.py --train vae-oid.npz [--steps 1200]   make the toy's codebook, encoder and decoder
+    python examples/masks.py --train vae-oid.npz [--steps 1300]   make the toy's codebook, encoder and decoder
     python examples/masks.py --eval weights/toy/vae-oid.npz       how well the codes keep masks that it has never seen
 
 The codes are a grid of 4 x 4, row by row. Logits are above 0 inside of the object.
@@ -11,7 +11,7 @@ import argparse
 import base64
 import functools
 import io
-import re
+import os
 import sys
 import zipfile
 import zlib
@@ -24,7 +24,7 @@ from tinygrad import Tensor, TinyJit, nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 import vlm
-from tokenizer import CODES, SEG
+from tokenizer import SEG
 from vlm import Fault
 
 NAME, GRID, SIDE = "vae-oid.npz", 4, 64  # file, codes and pixels a side
@@ -74,6 +74,7 @@ def read(path, part="decoder"):
       expected = decoder_shapes(E, [size("decoder.0"), *(size(name, 1) for name in UP)], inner)
     else:
       expected = encoder_shapes(E, [size(name) for name in DOWN], inner) | {EMBEDDING: (SEG, E)}
+    arrays = {name: array for name, array in arrays.items() if name in expected}  # big_vision passes over others too
     vlm.check_names(expected, {name: array.shape for name, array in arrays.items()})
     if wrong := [name for name, array in arrays.items() if array.dtype.kind != "f" or not np.isfinite(array).all()]:
       raise Fault(f"{wrong[0]} is not all numbers")
@@ -234,10 +235,10 @@ def encode(w, image):
 
 # ---- 4. Training the toy's file ----
 
-E, UPWARD, DOWNWARD, BATCH = 8, (32, 32, 16, 8, 8), (8, 16, 16, 24), 32
+E, UPWARD, DOWNWARD = 8, (32, 32, 16, 8, 8), (8, 16, 16, 24)  # fewer channels than big_vision's
 
 
-def examples(seed, i, count=BATCH):
+def examples(seed, i, count):
   """Masks of random shapes of the toy world -> float32 (count, 64, 64)."""
   import shapes
   rng, out = np.random.default_rng((seed, i, 3)), []
@@ -275,10 +276,16 @@ def nearest_rows(points, rows):
   return (np.square(rows).sum(1) - 2 * points @ rows.T).argmin(1)
 
 
-def train(path, steps):
-  """A third of the steps without codes, then those are the clusters of what the encoder says, and learn with it."""
+def train(path, steps, count):
+  """A third of the steps without codes, then those are the clusters of what the encoder says, and learn with it. count:
+  masks a step. Raises Fault."""
   import shapes
   import train as training
+  path = Path(path)
+  if steps < 1 or count < 1:
+    raise Fault("--steps and --batch: at least 1")
+  if path.exists() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+    raise Fault(f"{path} {'is there already' if path.exists() else 'cannot be written'}; choose another name")
   device = vlm.compiled.open_device()
   w = {name: vlm.upload(array, device).is_param_(True) for name, array in start_weights().items()}
   weights = list(w.values())
@@ -305,12 +312,12 @@ def train(path, steps):
       t.grad = g
     return value.realize(flat, *optimizer.schedule_step()), flat
 
-  step, batch = TinyJit(update), lambda i: vlm.upload(examples(shapes.TRAIN_SEED, i), device)
+  step, batch = TinyJit(update), lambda i: vlm.upload(examples(shapes.TRAIN_SEED, i, count), device)
   start, recent = steps // 3, []
   with Tensor.train():
     for i in range(steps):
       rate = 3e-3 * min((i + 1) / 50, .5 + .5 * np.cos(np.pi * i / steps))
-      optimizer.lr.assign(Tensor([rate], device=device)).realize()
+      optimizer.lr.assign(Tensor([float(rate)], device=device)).realize()
       value, flat = step(batch(i), vlm.upload(np.full(1, i >= start, np.float32), device))
       recent = recent[-31:] + [flat.numpy()]
       points, book = np.concatenate(recent), w[EMBEDDING]
@@ -319,7 +326,7 @@ def train(path, steps):
       if start <= i < steps * 3 // 4 and i % 50 == 49:  # codes that nothing is near start again where something is
         rows = book.numpy().copy()
         idle = np.bincount(nearest_rows(points, rows), minlength=SEG) == 0
-        rows[idle] = points[np.random.default_rng(i).choice(len(points), idle.sum())]
+        rows[idle] = np.random.default_rng(i).choice(points, idle.sum())
         book.assign(Tensor(rows, device=device)).realize()
       vlm.status(f"step {i + 1}/{steps}, loss {value.item():.4f}")
       if i % 250 == 249:
@@ -327,7 +334,10 @@ def train(path, steps):
   vlm.status("")
   data = io.BytesIO()
   np.savez(data, **{name: t.numpy() for name, t in w.items()})
-  training.write_file(Path(path), [data.getvalue()])
+  try:
+    training.write_file(path, [data.getvalue()])
+  except OSError as e:
+    raise Fault(f"{path}: {e.strerror}", code=1) from None
 
 
 def evaluate(path):
@@ -348,11 +358,12 @@ def main():
   action = parser.add_mutually_exclusive_group(required=True)
   action.add_argument("--train", metavar="FILE", help="make a codebook, an encoder and a decoder for the toy world")
   action.add_argument("--eval", metavar="FILE", help="encode and decode 200 masks of unseen shapes")
-  parser.add_argument("--steps", type=int, default=1200, help="of --train (default %(default)s)")
+  parser.add_argument("--steps", type=int, default=1300, help="of --train (default %(default)s)")
+  parser.add_argument("--batch", type=int, default=32, help="masks a step (default %(default)s)")
   args = parser.parse_args()
   try:
     if args.train:
-      train(args.train, args.steps)
+      train(args.train, args.steps, args.batch)
     evaluate(args.train or args.eval)
   except FileNotFoundError as e:
     sys.exit(f"masks: {e.filename}: no such file")

@@ -1,6 +1,5 @@
 """Tests of examples/masks.py: the decoder is worked out again here in numpy, with loops, on random weights."""
 import base64
-import contextlib
 import io
 import json
 import subprocess
@@ -181,7 +180,6 @@ def test_wrong_files(folder, tmp_path):
   fault(folder(w, **{"_vq_vae._embedding": np.zeros((64, 5), np.float32)}), "_embedding")
   fault(folder(w, **{"_vq_vae._embedding": np.zeros(128, np.float32)}), "dimension")
   fault(folder(w, **{"decoder.8.weight": np.zeros((8, 6, 3, 3), np.float32)}), "decoder.8.weight")
-  fault(folder(w, **{"decoder.13.weight": np.zeros(3, np.float32)}), "decoder.13")
   fault(folder(w, **{"decoder.12.bias": np.array([np.nan], np.float32)}), "decoder.12.bias")
   fault(folder(w, **{"decoder.12.bias": np.array(["x"])}), "decoder.12.bias")
   fault(folder(w, **{"decoder.12.bias": np.array([None])}), "pickle|object|Object")
@@ -280,3 +278,61 @@ def test_draw_py(folder, tmp_path):
   done = run(folder({"x": np.zeros(3)}))
   assert done.returncode and done.stderr.startswith("draw: ") and done.stderr.count("\n") == 1
   assert run("too", "many").returncode
+
+# ---- the toy ----
+def test_encoder_and_decoder_of_the_toy():
+  """Masks of unseen shapes survive it, and it is small enough to ship."""
+  w, found, overlaps = masks.read(TOY / "vae-oid.npz", "encoder"), painter(TOY), []
+  for image in masks.examples(shapes.TEST_SEED, 1, 60):
+    codes = masks.encode(w, image)
+    assert len(codes) == 16 and all(0 <= code < 128 for code in codes)
+    overlaps.append(shapes.overlap(found.logits(codes) > 0, image > .5))
+  assert np.mean(overlaps) > .96 and min(overlaps) > .9
+  assert (TOY / "vae-oid.npz").stat().st_size < 1_500_000
+
+def test_the_encoder_is_the_one_worked_out_by_hand():
+  w = random_weights(masks.encoder_shapes(5, (6, 7, 8, 9), (4, 3)) | {"_vq_vae._embedding": (128, 5)})
+  image = np.random.default_rng(0).random((64, 64), np.float32)
+  x, layer = image[None], lambda name: (w[f"encoder.{name}.weight"], w[f"encoder.{name}.bias"])
+  for name in ("0", "2", "4", "6"):  # a stride of two: every second pixel of the whole convolution
+    x = np.maximum(convolution(x, *layer(name), pad=1)[:, ::2, ::2], 0)
+  for block in ("8", "9"):
+    h = np.maximum(convolution(x, *layer(f"{block}.net.0"), pad=1), 0)
+    h = np.maximum(convolution(h, *layer(f"{block}.net.2"), pad=1), 0)
+    x = x + convolution(h, *layer(f"{block}.net.4"))
+  z = convolution(x, *layer("10"))
+  nearest = [int(np.argmin([((z[:, i, j] - row) ** 2).sum() for row in w["_vq_vae._embedding"]]))
+             for i in range(4) for j in range(4)]
+  assert masks.encode(w, image) == nearest and len(set(nearest)) > 3
+
+def test_training_goes_on_with_masks(tmp_path, monkeypatch):
+  asked, original = [], shapes.examples
+  def examples(*args):
+    picture, questions = original(*args)
+    asked.extend(questions)
+    return picture, questions
+  monkeypatch.setattr(shapes, "examples", examples)
+  monkeypatch.setattr(train.Trainer, "step", lambda self, batch, lr: 1.0)
+  monkeypatch.setattr(train.Trainer, "loss", lambda self, batch: 1.0)
+  command = ["--train", "--save", tmp_path / "run", "--steps", "3", "--batch", "16", "--quiet"]
+  assert vlm.main([*map(str, command), "--init", str(TOY)]) == 0
+  assert (tmp_path / "run" / "vae-oid.npz").read_bytes() == (TOY / "vae-oid.npz").read_bytes()
+  assert any(prefix.startswith("segment ") and suffix.count("<seg") == 16 for prefix, suffix in asked)
+
+def test_quantised_weights_keep_their_masks(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  command = [ROOT / "examples" / "shapes.png", "caption en", "--weights", TOY, "--quantize", "int8", "--save", "packed", "--quiet"]
+  assert vlm.main(list(map(str, command))) == 0
+  assert Path("packed/vae-oid.npz").read_bytes() == (TOY / "vae-oid.npz").read_bytes()
+
+def test_training_a_vae_refuses_before_the_work(tmp_path):
+  def refused(*arguments):
+    command = [sys.executable, ROOT / "examples" / "masks.py", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode and done.stderr.startswith("masks: ") and done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+  (tmp_path / "mine.npz").write_text("mine")
+  assert "another name" in refused("--train", "mine.npz") and (tmp_path / "mine.npz").read_text() == "mine"
+  assert "cannot be written" in refused("--train", "no/where.npz")
+  assert "at least 1" in refused("--train", "a.npz", "--steps", 0)
+  assert "no such file" in refused("--eval", "none.npz") and "npz" in refused("--eval", "mine.npz")

@@ -366,7 +366,8 @@ def test_eval_imports_vlm_from_the_root(tmp_path):
   script = tmp_path / "examples" / "shapes.py"
   script.write_bytes((ROOT / "examples" / "shapes.py").read_bytes())
   (tmp_path / "vlm.py").write_text(
-    f"import sys\nsys.path.insert(0, {str(ROOT / 'examples')!r})\nfrom test_shapes import Fake\n"
+    "import sys\nclass Fault(Exception): pass\n"
+    f"sys.path.insert(0, {str(ROOT / 'examples')!r})\nfrom test_shapes import Fake\n"
     "def load(folder):\n  return Fake(count=4) if str(folder).endswith('good') else Fake(lambda p, a: '', count=4)\n")
   good = cli("--eval", "--weights", "good", "--scenes", 4, script=script)
   assert good.returncode == 0, good.stderr
