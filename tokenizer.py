@@ -92,8 +92,8 @@ class Box:
 
 
 def parse_boxes(text, width, height, masks=None):
-  """"<loc..><loc..><loc..><loc..> label ; ..." -> list of Box. What is not a box stays text. masks: what draws 16 codes,
-  examples/masks.py; they are drawn when they are asked for, not here."""
+  """"<loc..><loc..><loc..><loc..> label ; ..." -> list of Box. What is not a box stays text. masks: what draws codes,
+  see examples/masks.py; it does so when a box is asked for its mask, not here."""
   boxes = []
   for part in text.split(";"):
     match = re.fullmatch(r"\s*((?:<loc\d{4}>){4})((?:<seg\d{3}>)*)([^<>]*)", part)

@@ -1,8 +1,9 @@
 """Boxes and masks drawn on a picture, and the picture saved: what `python vlm.py` does with the answer to a detect or
 segment prompt.
 
-    python examples/draw.py IMAGE ANSWER OUT [DIR]      the same for an answer that is there already; masks are drawn with
-                                                        the vae-oid.npz of the checkpoint DIR, or that of weights/
+    python examples/draw.py IMAGE ANSWER OUT [DIR]      the same for an answer that is there already
+
+Masks are drawn with the vae-oid.npz of the checkpoint DIR, or else with that of weights/.
 """
 import io
 import os

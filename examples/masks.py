@@ -69,7 +69,8 @@ def read(path, part="decoder"):
     with np.load(path) as file:
       arrays = {name: file[name] for name in file.files if name == EMBEDDING or name.startswith(part)}
     size = lambda name, axis=0: arrays[f"{name}.weight"].shape[axis]
-    inner, E = [size(f"{part}.{n}.net.0") for n in ((2, 3) if part == "decoder" else (8, 9))], arrays[EMBEDDING].shape[1]
+    inner = [size(f"{part}.{n}.net.0") for n in ((2, 3) if part == "decoder" else (8, 9))]
+    E = arrays[EMBEDDING].shape[1]
     if part == "decoder":
       expected = decoder_shapes(E, [size("decoder.0"), *(size(name, 1) for name in UP)], inner)
     else:
@@ -254,9 +255,8 @@ def start_weights(seed=0):
   shapes = decoder_shapes(E, UPWARD, UPWARD[:1] * 2) | encoder_shapes(E, DOWNWARD, DOWNWARD[-1:] * 2)
   for name, shape in shapes.items():
     fan = shape[0] * 4 if name.removesuffix(".weight") in UP else np.prod(shape[1:])
-    arrays[name] = (rng.standard_normal(shape) * (2 / fan) ** .5 if len(shape) > 1 else np.zeros(shape)).astype(np.float32)
-    if name.endswith("net.4.weight"):
-      arrays[name] *= .3
+    scale = (2 / fan) ** .5 * (.3 if name.endswith("net.4.weight") else 1)  # .3: a block starts as nearly nothing
+    arrays[name] = (rng.standard_normal(shape) * scale if shape[1:] else np.zeros(shape)).astype(np.float32)
   return arrays
 
 

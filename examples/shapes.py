@@ -259,8 +259,8 @@ def detect(scene, rng, asked=(), absence=ABSENT):
 
 
 def segment(scene, name, codes):
-  """(prefix, suffix) for one name: its box, 16 codes of the whole shape in it, and the name; an empty answer if it is not
-  there. codes: the file with their codebook and encoder, see examples/masks.py."""
+  """(prefix, suffix) for one name: its box, 16 codes of the whole shape in it, and the name; an empty answer if it is
+  not there. codes: the file with their codebook and encoder, see examples/masks.py."""
   import masks  # it imports vlm, which drawing scenes needs as little as a codebook
   found = [f"{locations(obj.box, *scene.image.size)}{masks.tokens(codes, obj.coverage, obj.box)} {name}"
            for obj in scene.objects if obj.name == name]

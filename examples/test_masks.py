@@ -70,7 +70,8 @@ def random_weights(sizes=PUBLISHED, seed=0):
   rng, w = np.random.default_rng(seed), {}
   for name, shape in sizes.items():
     fan = shape[0] * 4 if shape[2:] == (4, 4) else np.prod(shape[1:])
-    w[name] = (rng.standard_normal(shape) * (1 if "_vq" in name else (2 / fan) ** .5 if shape[1:] else .3)).astype(np.float32)
+    scale = 1 if "_vq" in name else (2 / fan) ** .5 if shape[1:] else .3
+    w[name] = (rng.standard_normal(shape) * scale).astype(np.float32)
   return w
 
 def painter(folder):
@@ -108,7 +109,8 @@ ON, OFF = np.ones((64, 64), np.float32), -np.ones((64, 64), np.float32)
 
 @pytest.mark.parametrize("box,where", [
   ((10, 20, 30, 50), np.s_[20:50, 10:30]), ((0, 0, 97, 61), np.s_[:, :]), ((90.9, 60.2, 97, 61), np.s_[60:, 90:]),
-  ((0, 0, .9, 61), np.s_[:0]), ((5, 5, 5, 9), np.s_[:0]), ((30, 20, 10, 50), np.s_[:0]), ((0.9, 0.9, 2.1, 2.9), np.s_[0:2, 0:2])])
+  ((0, 0, .9, 61), np.s_[:0]), ((5, 5, 5, 9), np.s_[:0]), ((30, 20, 10, 50), np.s_[:0]),
+  ((0.9, 0.9, 2.1, 2.9), np.s_[0:2, 0:2])])
 def test_a_mask_that_is_all_on_fills_its_box(box, where):
   found = masks.paste(ON, box, 97, 61)
   expected = np.zeros((61, 97), bool)
@@ -139,7 +141,8 @@ CODES = [tuple(np.random.default_rng(seed).integers(0, 128, 16).tolist()) for se
 
 def test_several_objects(folder):
   found = painter(folder())
-  text = f"{loc(0, 0, 1023, 512)}{seg(CODES[0])} cat ; {loc(512, 512, 1023, 1023)}{seg(CODES[1])} dog ; {loc(1, 2, 3, 4)} cow"
+  text = (f"{loc(0, 0, 1023, 512)}{seg(CODES[0])} cat ; {loc(512, 512, 1023, 1023)}{seg(CODES[1])} dog ; "
+          f"{loc(1, 2, 3, 4)} cow")
   cat, dog, cow = boxes = parse_boxes(text, 80, 60, found)
   assert found.program is None  # nothing is drawn before it is asked for
   assert [b.label for b in boxes] == ["cat", "dog", "cow"] and (cat.codes, dog.codes, cow.codes) == (*CODES, ())
@@ -321,8 +324,8 @@ def test_training_goes_on_with_masks(tmp_path, monkeypatch):
 
 def test_quantised_weights_keep_their_masks(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  command = [ROOT / "examples" / "shapes.png", "caption en", "--weights", TOY, "--quantize", "int8", "--save", "packed", "--quiet"]
-  assert vlm.main(list(map(str, command))) == 0
+  command = [ROOT / "examples" / "shapes.png", "caption en", "--weights", TOY, "--quantize", "int8", "--quiet"]
+  assert vlm.main([*map(str, command), "--save", "packed"]) == 0
   assert Path("packed/vae-oid.npz").read_bytes() == (TOY / "vae-oid.npz").read_bytes()
 
 def test_training_a_vae_refuses_before_the_work(tmp_path):
