@@ -34,7 +34,7 @@ PLACES = 128                   # see locations()
 ABSENT, OFTEN = .15, .25       # how often an entry of a detect prompt is not in the picture: measured, trained
 # Weights of the kinds of question. To find what a prompt names is learnt last, so that is asked most.
 MIX = {"caption": .20, "detect": 1.1, "how many": .08, "color": .16, "relation": .16}
-SEGMENT = .60                  # weight of segment questions, asked where there is a codebook for the masks
+SEGMENT = 2.0                  # weight of segment questions, asked where a codebook is: tilt is all that is hard in them
 BATCH, MAX_TOKENS = 25, 40     # of --eval, constant so that a model compiles once; four boxes are 27 tokens
 
 
