@@ -322,6 +322,15 @@ def test_training_goes_on_with_masks(tmp_path, monkeypatch):
   assert (tmp_path / "run" / "vae-oid.npz").read_bytes() == (TOY / "vae-oid.npz").read_bytes()
   assert any(prefix.startswith("segment ") and suffix.count("<seg") == 16 for prefix, suffix in asked)
 
+def test_the_picture_of_the_readme_is_what_the_toy_draws():
+  picture = ROOT / "examples" / "shapes-two.png"
+  [answer] = vlm.load(TOY).generate([picture], ["segment purple square"])
+  [box], [truth] = answer.boxes, [obj for obj in shapes.scene(shapes.EXAMPLE_SEED, shapes.EXAMPLES[picture.name],
+                                                              (448, 336)).objects if obj.name == "purple square"]
+  assert box.label == "purple square" and shapes.overlap(box.mask, shapes.mask(truth)) > .85
+  drawn = draw.draw_boxes(vlm.open_image(picture), answer.boxes)
+  assert np.array_equal(np.asarray(drawn), np.asarray(Image.open(ROOT / "examples" / "shapes-mask.png").convert("RGB")))
+
 def test_quantised_weights_keep_their_masks(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   command = [ROOT / "examples" / "shapes.png", "caption en", "--weights", TOY, "--quantize", "int8", "--quiet"]
