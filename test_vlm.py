@@ -374,7 +374,7 @@ def test_boxes():
   several = f"{loc(1, 2, 3, 4)} red circle ; {loc(5, 6, 7, 8)} the old blue square;{loc(9, 9, 9, 9)} cat"
   assert [b.label for b in parse_boxes(several, 100, 100)] == ["red circle", "the old blue square", "cat"]
   seg = "".join(f"<seg{i:03d}>" for i in range(16))
-  assert parse_boxes(loc(0, 0, 1023, 1023) + seg + " big cat", 7, 5) == [Box("big cat", (0, 0, 7, 5))]
+  assert parse_boxes(loc(0, 0, 1023, 1023) + seg + " big cat", 7, 5) == [Box("big cat", (0, 0, 7, 5), tuple(range(16)))]
   assert parse_boxes(loc(1, 2, 3, 4), 10, 10)[0].label == ""
 
 @pytest.mark.parametrize("tail", [loc(1, 2, 3), loc(1, 2, 3) + " cat", loc(1, 2, 3, 4, 5) + " cat", "cat", "",
@@ -1074,7 +1074,8 @@ def test_readme_map_is_the_file():
 LESS = {  # what is done to a command that takes minutes, or wants a downloaded checkpoint or transformers
   r"vlm.py --train$": r"\g<0> --save short --steps 0", r"--steps \d+": "--steps 2 --batch 4", r"(--save|--init) weights/": r"\1 ",
   r"weights/paligemma-3b-mix-224": "weights/tiny1", r" --vs transformers --python \S+": "", r"bench.py weights.*": r"\g<0> "
-  "--repeat 1", r"rendered.py memory": "rendered.py METAL:Apple7 3b --layers 1", r"--sides.*": "--sides 56 112", r"--eval": "--eval --scenes 100"}
+  "--repeat 1", r"rendered.py memory": "rendered.py METAL:Apple7 3b --layers 1", r"--sides.*": "--sides 56 112", r"--eval": "--eval --scenes 100",
+  r"masks.py --train weights/": "masks.py --steps 2 --batch 4 --train "}
 
 def test_readme_commands(clone):
   """in their order: some use what others wrote"""

@@ -4,13 +4,15 @@ A SentencePiece file from the hub holds only Gemma's base pieces; the 1024 <loc>
 follow them in the embedding table. big_vision's own file holds them as pieces. Both work: the file is asked first.
 """
 import codecs
+import functools
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import sentencepiece
 
-LOC, SEG = 1024, 128  # how many location and segmentation tokens every PaliGemma has
+LOC, SEG, CODES = 1024, 128, 16  # location and segmentation tokens of every PaliGemma, those of a mask
 SPECIAL = re.compile(r"<loc(?:0\d{3}|10[01]\d|102[0-3])>|<seg(?:0\d\d|1[01]\d|12[0-7])>")
 
 
@@ -78,15 +80,27 @@ class Tokenizer:
 @dataclass(frozen=True)
 class Box:
   label: str
-  box: tuple  # (x1, y1, x2, y2) in pixels of the picture
+  box: tuple         # (x1, y1, x2, y2) in pixels of the picture
+  codes: tuple = ()  # the 16 of a segment answer
+  paint: Callable | None = field(default=None, repr=False, compare=False)
+
+  @functools.cached_property
+  def mask(self):
+    """bool (height, width) of the picture, True on the object; None for a box without codes. Raises vlm.Fault if the
+    file that draws masks is missing or is another one."""
+    return self.paint() if self.codes and self.paint else None
 
 
-def parse_boxes(text, width, height):
-  """"<loc..><loc..><loc..><loc..> label ; ..." -> list of Box. What is not a box stays text."""
+def parse_boxes(text, width, height, masks=None):
+  """"<loc..><loc..><loc..><loc..> label ; ..." -> list of Box. What is not a box stays text. masks: what draws codes,
+  see examples/masks.py; it does so when a box is asked for its mask, not here."""
   boxes = []
   for part in text.split(";"):
-    match = re.fullmatch(r"\s*((?:<loc\d{4}>){4})(?:<seg\d{3}>)*([^<>]*)", part)
+    match = re.fullmatch(r"\s*((?:<loc\d{4}>){4})((?:<seg\d{3}>)*)([^<>]*)", part)
     if match:
       y1, x1, y2, x2 = (int(v) / 1023 for v in re.findall(r"\d{4}", match[1]))  # y before x; written as v * 1023
-      boxes.append(Box(match[2].strip(), (x1 * width, y1 * height, x2 * width, y2 * height)))
+      box, codes = (x1 * width, y1 * height, x2 * width, y2 * height), tuple(map(int, re.findall(r"\d{3}", match[2])))
+      codes = codes if len(codes) == CODES and max(codes) < SEG else ()  # an answer cut short has a box and no mask
+      paint = functools.partial(masks, codes, box, width, height) if masks else None
+      boxes.append(Box(match[3].strip(), box, codes, paint))
   return boxes

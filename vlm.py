@@ -344,7 +344,7 @@ def sample(logits, temperature, top_k, top_p, rng):
 # ---- 8. Generate ----
 MAX_TOKENS = 256  # room for several boxes and masks: a box is 4 tokens and its label, a mask 16 more
 
-Answer = namedtuple("Answer", "text tokens boxes")  # boxes: of tokenizer.Box, in pixels of the picture
+Answer = namedtuple("Answer", "text tokens boxes")  # boxes: of tokenizer.Box, in pixels of the picture, with .mask
 
 class VLM:
   """A loaded model and its compiled programs, one for each shape that came up: vision, prefill and one decode step.
@@ -355,6 +355,7 @@ class VLM:
     self.max_context = min(max_context or config.max_context, config.max_context)
     self.bytes = sum(t.nbytes() for t in get_state_dict(net.language_model).values())  # what a decode step reads
     self.programs, self.caches, self.features, self.timings = {}, {}, {}, {}
+    self.masks = masks.Masks(device=device)
   def _run(self, key, cache, function, *inputs):
     # No function holds self: a garbage collection on one of tinygrad's threads would wait for itself for ever.
     if key in self.programs:
@@ -491,7 +492,7 @@ class VLM:
     text = self.tokenizer.decode(tokens)
     image = image[0] if isinstance(image, (list, tuple)) else image
     size = image.shape[:0:-1] if isinstance(image, np.ndarray) else open_image(image).size
-    return Answer(text, tokens, parse_boxes(text, *size))
+    return Answer(text, tokens, parse_boxes(text, *size, self.masks))
 
 # ---- 9. Weights ----
 # bfloat16 has no fast arithmetic on a CPU: such weights stay the 16 bits that they are in the file, widened where used.
@@ -614,6 +615,7 @@ def load(folder, device=None, max_context=None, bits=None, shard=1):
   arrays = read_weights(folder)
   quantize.pack(arrays, bits)
   model = VLM(assemble(config, arrays, device), config, tokenizer, device, max_context)
+  model.masks = masks.Masks(original.tokenizer_path(folder).parent, device)
   model.arrays = arrays  # a tensor over borrowed memory does not keep it alive
   model.timings["load_s"] = time.perf_counter() - start
   return model
@@ -700,15 +702,16 @@ def ask(model, images, prompt, args):
   except KeyboardInterrupt:  # what is there stays there
     code = 130
   answer = model.answer(pictures[0], tokens)
-  boxes = batch.boxes(answer)
+  boxes, trouble = masks.drawable(answer.boxes)
   print(json.dumps({"text": answer.text, "tokens": tokens, "prompt_tokens": model.tokenizer.prompt(prompt),
-                    "boxes": boxes, "timings": t}) if args.json else "", flush=True)
+                    "boxes": [masks.entry(box) for box in boxes], "timings": t}) if args.json else "", flush=True)
   if boxes:
     out = args.out or f"{Path(images[0]).stem}.boxes.png"
-    draw.save_picture(draw.draw_boxes(pictures[0], answer.boxes), out, images)
+    draw.save_picture(draw.draw_boxes(pictures[0], boxes), out, images)
     say(args, f"{len(boxes)} boxes drawn: {out}")
   elif args.out:
     say(args, f"no boxes in the answer: {args.out} not written")
+  masks.report(trouble, args)
   speed = t.get("decode_tok_s") or 0
   say(args, f"load {t['load_s']:.2f} s, vision {t.get('vision_s', 0):.2f} s, prefill {t.get('prefill_s', 0):.2f} s, "
             f"{speed:.1f} tok/s, {speed * model.bytes / 1e9:.1f} GB/s")
@@ -728,7 +731,7 @@ def main(argv=None):
   p.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens")
   p.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens of mass P")
   p.add_argument("--seed", type=int, metavar="S", help="repeat a sample")
-  p.add_argument("--out", metavar="FILE", help="picture with boxes (default: IMAGE.boxes.png here), --batch's answers")
+  p.add_argument("--out", metavar="FILE", help="picture with boxes and masks (default: IMAGE.boxes.png here), --batch's answers")
   p.add_argument("--json", action="store_true", help="one JSON object instead of text")
   p.add_argument("--quantize", choices=quantize.BITS, help="weights in 8 or 4 bits; --save keeps them as a folder")
   p.add_argument("--device", metavar="DEV", help="METAL, CUDA, CPU, ... (default: the best there is, or $DEV)")
@@ -781,6 +784,7 @@ import batch  # noqa: E402
 import compiled  # noqa: E402
 import draw  # noqa: E402
 import kernels  # noqa: E402
+import masks  # noqa: E402
 import original  # noqa: E402
 import quantize  # noqa: E402
 import sharding  # noqa: E402

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
+import masks
 import vlm
 from vlm import Fault
 
@@ -46,10 +47,6 @@ def number_or_path(text):
     return int(text)
   except ValueError:
     return text
-
-
-def boxes(answer):
-  return [{"label": b.label, "box": [round(v, 1) for v in b.box]} for b in answer.boxes]
 
 
 def is_text(prompt):
@@ -179,10 +176,15 @@ class Job:
   def __init__(self, args, answers):
     self.args, self.answers, self.start = args, answers, time.perf_counter()
     self.rows = self.bad = self.pictures = 0
+    self.said = set()
 
   def finish(self, row, result, pictures):
     if row.fault is None:
-      self.answers.write(row.line(text=result.text, boxes=boxes(result)))
+      boxes, trouble = masks.drawable(result.boxes)
+      if trouble and str(trouble) not in self.said:  # no file for the masks: once is enough
+        self.said.add(str(trouble))
+        masks.report(trouble, self.args)
+      self.answers.write(row.line(text=result.text, boxes=[masks.entry(box) for box in boxes]))
       self.pictures += pictures
     else:
       vlm.status("")

@@ -15,6 +15,7 @@ import numpy as np
 from tinygrad import dtypes
 from tinygrad.nn.state import get_state_dict
 
+import masks
 import original
 import train
 import vlm
@@ -105,6 +106,7 @@ def save(model, source, folder, name):
       raise Fault(f"{folder}: the disk is too full for the quantised weights; free some", 1)
     train.write_file(folder / "config.json", [json.dumps(config, indent=1).encode()])
     train.write_file(folder / "tokenizer.model", [original.tokenizer_path(source).read_bytes()])
+    masks.keep(original.tokenizer_path(source).parent, folder)
     train.write_file(folder / "model.safetensors", train.safetensors(tensors, model.config.patch_size))
   except OSError as e:
     raise Fault(f"{folder}: {e.strerror or e}; choose another --save", code=1) from None

@@ -34,6 +34,7 @@ PLACES = 128                   # see locations()
 ABSENT, OFTEN = .15, .25       # how often an entry of a detect prompt is not in the picture: measured, trained
 # Weights of the kinds of question. To find what a prompt names is learnt last, so that is asked most.
 MIX = {"caption": .20, "detect": 1.1, "how many": .08, "color": .16, "relation": .16}
+SEGMENT = 2.0                  # weight of segment questions, asked where a codebook is: tilt is all that is hard in them
 BATCH, MAX_TOKENS = 25, 40     # of --eval, constant so that a model compiles once; four boxes are 27 tokens
 
 
@@ -257,6 +258,15 @@ def detect(scene, rng, asked=(), absence=ABSENT):
   return detect(scene, rng, asked, absence) if question in asked else question
 
 
+def segment(scene, name, codes):
+  """(prefix, suffix) for one name: its box, 16 codes of the whole shape in it, and the name; an empty answer if it is
+  not there. codes: the file with their codebook and encoder, see examples/masks.py."""
+  import masks  # it imports vlm, which drawing scenes needs as little as a codebook
+  found = [f"{locations(obj.box, *scene.image.size)}{masks.tokens(codes, obj.coverage, obj.box)} {name}"
+           for obj in scene.objects if obj.name == name]
+  return f"segment {name}", "".join(found)
+
+
 def tasks(scene, rng):
   """List of (prefix, suffix): all that can be asked of a scene, with five of its many detect questions."""
   asked = sum(questions(scene).values(), [])
@@ -265,18 +275,26 @@ def tasks(scene, rng):
   return asked
 
 
-def examples(seed, i, k, most=4):
-  """-> picture, list of k different (prefix, suffix) about it, in random order; k up to 20."""
+def examples(seed, i, k, most=4, codes=None):
+  """-> picture, list of k different (prefix, suffix) about it, in random order; k up to 20. codes: see segment()."""
   drawn, rng = scene(seed, i, most=most), np.random.default_rng((seed, i, 1))
   pools = questions(drawn)
-  kinds = [kind for kind in MIX if kind == "detect" or pools[kind]]
-  edges = np.cumsum([MIX[kind] for kind in kinds])
+  mix = MIX | {"segment": SEGMENT} if codes else MIX
+  if codes:
+    present = [obj.name for obj in drawn.objects]
+    pools["segment"] = present + [str(rng.choice([n for n in NAMES if n not in present]))] * (rng.random() < ABSENT * 3)
+  kinds = [kind for kind in mix if kind == "detect" or pools[kind]]
+  edges = np.cumsum([mix[kind] for kind in kinds])
   # k even steps from a random start, not k independent draws: the shares are right for any k, and repeats are rare.
   steps = (rng.random() + rng.permutation(k)) / k * edges[-1]
   asked = []
   for kind in np.searchsorted(edges, steps):
     pool = pools.get(kinds[kind])  # none for detect; an emptied one also becomes a detect question
-    asked.append(pool.pop(rng.integers(len(pool))) if pool else detect(drawn, rng, asked, OFTEN))
+    if pool:
+      question = pool.pop(rng.integers(len(pool)))
+      asked.append(segment(drawn, question, codes) if kinds[kind] == "segment" else question)
+    else:
+      asked.append(detect(drawn, rng, asked, OFTEN))
   return drawn.image, asked
 
 
@@ -312,7 +330,7 @@ def make_tokenizer(path):
 GOALS = {  # kind: title, must, aim
   "caption": ("caption, exact match", .85, .97), "how many": ("how many", .95, .99), "color": ("what color", .95, .99),
   "relation": ("left, right, above, below", .85, .95), "detect": ("detect, all boxes right", .85, .97),
-  "iou": ("detect, mean IoU", .75, .90)}
+  "iou": ("detect, mean IoU", .75, .90), "segment": ("segment, mean IoU", .75, .85)}
 
 
 def iou(a, b):
@@ -320,6 +338,11 @@ def iou(a, b):
   w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
   shared = max(w, 0) * max(h, 0)
   return shared / (sum((x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in (a, b)) - shared or 1)
+
+
+def overlap(a, b):
+  """Intersection over union of two masks."""
+  return np.count_nonzero(a & b) / max(np.count_nonzero(a | b), 1)
 
 
 def match(truth, found):
@@ -340,6 +363,8 @@ def evaluate(model, count):
     drawn, rng = scene(TEST_SEED, i), np.random.default_rng((TEST_SEED, i, 2))
     pools = questions(drawn) | {"detect": [detect(drawn, rng)]}
     asked += [(kind, drawn, *pool[rng.integers(len(pool))]) for kind, pool in pools.items() if pool]
+    if model.masks.path:  # without a decoder nothing can be drawn
+      asked.append(("segment", drawn, f"segment {drawn.objects[rng.integers(len(drawn.objects))].name}", None))
   asked.sort(key=lambda question: question[0])  # prompts of like length share a batch
   results = {kind: [] for kind in GOALS}
   for start in range(0, len(asked), BATCH):
@@ -353,6 +378,10 @@ def evaluate(model, count):
         overlaps = match(truth, [(found.label, found.box) for found in answer.boxes])
         results["iou"] += overlaps
         results[kind].append(sum(o > .5 for o in overlaps) == len(truth) == len(answer.boxes))
+      elif kind == "segment":
+        [truth] = wanted(drawn, prefix.removeprefix("segment "))
+        found = [box.mask for box in answer.boxes if box.label == truth.name and box.mask is not None]
+        results[kind].append(overlap(mask(truth), found[0]) if len(found) == 1 else 0)
       else:
         results[kind].append(answer.text.strip() == suffix)
   print(f"{'':27}     n  measured   must    aim")

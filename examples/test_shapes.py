@@ -17,7 +17,9 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "examples"))
 import draw
+import masks
 import shapes
+import tokenizer
 import vlm
 
 @pytest.fixture(scope="module")
@@ -210,6 +212,25 @@ def test_mixture(k):
   for name, share in dict(caption=.13, detect=.68, color=.09, relation=.05, **{"how many": .05}).items():
     assert abs(counts[name] / counts.total() - share) < .03, (name, counts)
 
+def test_segment_questions():
+  """their codes, drawn in their boxes, are the shapes"""
+  codes, decoder, overlaps, absent, total = TOY / masks.NAME, masks.Masks(TOY), [], 0, 0
+  for i in range(60):
+    s = shapes.scene(shapes.VALID_SEED, i)
+    image, asked = shapes.examples(shapes.VALID_SEED, i, 8, codes=codes)
+    assert digest(image) == digest(s.image) and len(set(asked)) == 8
+    for prefix, suffix in asked:
+      total += 1
+      if prefix.startswith("segment "):
+        there = [o for o in s.objects if o.name == prefix.removeprefix("segment ")]
+        boxes = tokenizer.parse_boxes(suffix, *image.size, decoder)
+        assert re.fullmatch(r"(<loc\d{4}>){4}(<seg\d{3}>){16} [a-z]+ [a-z]+", suffix) if there else suffix == ""
+        assert [b.label for b in boxes] == [o.name for o in there]
+        overlaps += [shapes.overlap(b.mask, shapes.mask(o)) for b, o in zip(boxes, there)]
+        absent += not there
+  assert np.mean(overlaps) > .85, np.mean(overlaps)
+  assert .1 < absent / (absent + len(overlaps)) < .3 and .25 < (absent + len(overlaps)) / total < .5
+
 # ---- tokenizer ----
 def test_tokenizer(tmp_path, scenes):
   shapes.make_tokenizer(tmp_path / "a.model")
@@ -239,7 +260,7 @@ class Fake:
   """Answers from the questions of the held-out scenes, changed by `spoil`."""
 
   def __init__(self, spoil=lambda prefix, suffix: suffix, count=30):
-    self.known, self.spoil, self.calls = {}, spoil, []
+    self.known, self.spoil, self.calls, self.masks = {}, spoil, [], types.SimpleNamespace(path="somewhere")
     for i in range(count):
       s = shapes.scene(shapes.TEST_SEED, i)
       self.known[digest(s.image)] = s
@@ -251,8 +272,8 @@ class Fake:
 
   def answer(self, image, prompt):
     s = self.known[digest(image)]
-    if prompt.startswith("detect "):
-      text = " ; ".join(f"{shapes.locations(o.box, *image.size)} {l}" for l in prompt[7:].split(" ; ")
+    if prompt.startswith(("detect ", "segment ")):
+      text = " ; ".join(f"{shapes.locations(o.box, *image.size)} {l}" for l in prompt.partition(" ")[2].split(" ; ")
                         for o in shapes.wanted(s, l))
     else:
       text = dict(sum(shapes.questions(s).values(), []))[prompt]
@@ -262,7 +283,8 @@ class Fake:
       if found := re.fullmatch(r"((?:<loc\d{4}>){4}) (.*)", part):
         y1, x1, y2, x2 = (int(n) / 1023 for n in re.findall(r"\d{4}", found[1]))
         box = [x1 * image.width, y1 * image.height, x2 * image.width, y2 * image.height]
-        boxes.append(types.SimpleNamespace(label=found[2], box=box))
+        mask = [shapes.mask(o) for o in s.objects if o.name == found[2]]
+        boxes.append(types.SimpleNamespace(label=found[2], box=box, mask=mask[0] if mask else None))
     return types.SimpleNamespace(text=text, tokens=[], boxes=boxes)
 
 def table(out):
@@ -274,7 +296,7 @@ def test_a_perfect_model_passes(capsys):
   model = Fake()
   assert shapes.evaluate(model, 30) is True
   rows = table(capsys.readouterr().out)
-  assert len(rows) == 6
+  assert len(rows) == 7 and rows["segment, mean IoU"] == (30, 1, False)
   assert rows["caption, exact match"] == (30, 1, False) and rows["detect, all boxes right"][:2] == (30, 1)
   assert .97 < rows["detect, mean IoU"][1] <= 1
   assert {c[:2] for c in model.calls} == {(shapes.BATCH, shapes.BATCH)} and len({c[2] for c in model.calls}) == 1
@@ -288,12 +310,27 @@ def test_a_perfect_model_passes(capsys):
   (lambda p, a: a + " ; " * bool(a) + "<loc0000><loc0000><loc0500><loc0500> red circle" if p[:6] == "detect" else a,
    "detect, all boxes right"),
   (lambda p, a: re.sub("circle|square|star|triangle", "cat", a) if p[:6] == "detect" else a, "detect, all boxes right"),
+  (lambda p, a: "" if p.startswith("segment") else a, "segment, mean IoU"),
+  (lambda p, a: re.sub("circle|square|star|triangle", "cat", a) if p[:7] == "segment" else a, "segment, mean IoU"),
+  (lambda p, a: f"{a} ; {a}" if p[:7] == "segment" else a, "segment, mean IoU"),
 ])
 def test_a_wrong_model_fails(spoil, row, capsys):
   assert shapes.evaluate(Fake(spoil), 30) is False
   rows = table(capsys.readouterr().out)
   assert rows[row][1] < .5 and rows[row][2]
   assert all(rows[r][1] > .95 for r in rows if r[:6] != row[:6])
+
+def test_overlap_of_masks():
+  a, b = np.zeros((2, 4, 6), bool)
+  a[1:3, 1:4], b[2:4, 1:3] = True, True
+  assert shapes.overlap(a, a) == 1 and shapes.overlap(a, ~a) == 0 and shapes.overlap(a, b) == 2 / 8
+  assert shapes.overlap(a & False, b & False) == 0
+
+def test_a_checkpoint_without_masks_is_not_asked_for_them(capsys):
+  model = Fake(count=4)
+  model.masks.path = None
+  assert shapes.evaluate(model, 4) is False
+  assert table(capsys.readouterr().out)["segment, mean IoU"] == (0, 0, True)
 
 def test_matching():
   a, b, far = (0, 0, 10, 10), (5, 0, 15, 10), (50, 50, 60, 60)
@@ -329,7 +366,8 @@ def test_eval_imports_vlm_from_the_root(tmp_path):
   script = tmp_path / "examples" / "shapes.py"
   script.write_bytes((ROOT / "examples" / "shapes.py").read_bytes())
   (tmp_path / "vlm.py").write_text(
-    f"import sys\nsys.path.insert(0, {str(ROOT / 'examples')!r})\nfrom test_shapes import Fake\n"
+    "import sys\nclass Fault(Exception): pass\n"
+    f"sys.path.insert(0, {str(ROOT / 'examples')!r})\nfrom test_shapes import Fake\n"
     "def load(folder):\n  return Fake(count=4) if str(folder).endswith('good') else Fake(lambda p, a: '', count=4)\n")
   good = cli("--eval", "--weights", "good", "--scenes", 4, script=script)
   assert good.returncode == 0, good.stderr

@@ -292,9 +292,9 @@ def test_resume_equals_uninterrupted(after, whole, tmp_path, monkeypatch, capsys
 
 def test_scenes_grow_unless_a_checkpoint_goes_on(whole, tmp_path, monkeypatch):
   seen, original = [], shapes.examples
-  def examples(seed, i, k, most=4):
+  def examples(seed, i, k, most=4, codes=None):
     seen.append(most)
-    return original(seed, i, k, most)
+    return original(seed, i, k, most, codes)
   monkeypatch.setattr(shapes, "examples", examples)
   m = vlm.load(whole)
   for grow, wanted in ((True, [1, 1, 2, 2, 3, 3, 4, 4]), (False, [4] * 8)):
@@ -454,7 +454,7 @@ def test_the_toy_world_fits_other_tokenizers():
     most = train.longest(tokenizer)
     assert path or most == 36
     for i in range(texts):
-      for question in shapes.examples(1, i, 8)[1]:
+      for question in shapes.examples(1, i, 8, codes=ROOT / "weights/toy/vae-oid.npz")[1]:
         assert sum(map(len, train.tokenize(tokenizer, *question))) - 1 <= most
 
 # ---- live: transformers itself ----

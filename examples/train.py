@@ -23,6 +23,7 @@ from tinygrad.nn.state import get_state_dict
 
 import batch
 import compiled
+import masks
 import original
 import shapes
 import vlm
@@ -182,9 +183,9 @@ class Trainer:
 class Toy:
   """Scenes drawn as they are needed: batch i is always the same. With `grow` the first sixth of the steps shows one
   shape a picture, the second up to two, the third up to three: what a name looks like and where it is are easier to
-  learn from single, large shapes."""
-  def __init__(self, tokenizer, config, rows, steps, grow=True):
-    self.tokenizer, self.side, self.text = tokenizer, config.image_size, longest(tokenizer)
+  learn from single, large shapes. codes: a vae-oid.npz; with one, `segment` is asked too."""
+  def __init__(self, tokenizer, config, rows, steps, grow=True, codes=None):
+    self.tokenizer, self.side, self.text, self.codes = tokenizer, config.image_size, longest(tokenizer), codes
     self.stage = steps / 6 if grow else None  # steps until one more shape may appear
     self.questions = math.gcd(QUESTIONS, rows)
     self.pictures = rows // self.questions
@@ -194,7 +195,7 @@ class Toy:
     grow, rows, pixels = self.stage and seed == shapes.TRAIN_SEED, [], []
     most = min(4, 1 + int(i / self.stage)) if grow else 4
     for n in range(i * self.pictures, (i + 1) * self.pictures):
-      image, asked = shapes.examples(seed, n, self.questions, most)
+      image, asked = shapes.examples(seed, n, self.questions, most, self.codes)
       pixels.append(vlm.to_pixels(image, self.side))
       rows += [tokenize(self.tokenizer, *question) for question in asked]
     return rows, np.concatenate(pixels)
@@ -217,6 +218,7 @@ def longest(tokenizer):
   detect = lambda asked, label, found: ("detect " + " ; ".join(asked * [label]),
                                         " ; ".join(found * ["<loc0000>" * 4 + f" {label}"]))
   questions = [detect(3, name, 3), detect(3, shape, 4), ("caption en", " and ".join(4 * [f"an {name}"])),
+               (f"segment {name}", "<loc0000>" * 4 + "<seg000>" * 16 + f" {name}"),
                (f"answer en what is right of the {shape}?", name), ("answer en how many shapes are there?", "4")]
   return -(-max(sum(map(len, tokenize(tokenizer, *question))) - 1 for question in questions) // 4) * 4
 
@@ -302,8 +304,9 @@ class Run:
     net, config, tokenizer = self.model.net, self.model.config, self.model.tokenizer
     if any(t.dtype in (dtypes.int8, dtypes.uint8) for t in get_state_dict(net).values()):
       raise Fault(f"{source} is quantised, and training needs finer steps; start from the weights it was made of")
+    codes = source / masks.NAME if source and (source / masks.NAME).exists() else None
     self.data = (Folder(args.train, tokenizer, config, args.batch, args.skip_bad) if args.train else
-                 Toy(tokenizer, config, args.batch, args.steps, grow=not args.init))
+                 Toy(tokenizer, config, args.batch, args.steps, not args.init, codes))
     if args.train:
       vlm.say(args, self.data.found)
     if source:
@@ -339,6 +342,7 @@ class Run:
       write_file(self.folder / "config.json", [json.dumps(config, indent=1).encode()])
       if source:
         write_file(self.folder / "tokenizer.model", [original.tokenizer_path(source).read_bytes()])
+        masks.keep(original.tokenizer_path(source).parent, self.folder)
       else:
         shapes.make_tokenizer(self.folder / "tokenizer.model")
     except OSError as e:
