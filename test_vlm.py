@@ -1072,9 +1072,10 @@ def test_readme_map_is_the_file():
   assert re.findall(r"^\| (\d+\. [^|]*?) \|", README, flags=re.M) == banners
 
 LESS = {  # what is done to a command that takes minutes, or wants a downloaded checkpoint or transformers
-  r"vlm.py --train$": r"\g<0> --save short --steps 0", r"--steps \d+": "--steps 2 --batch 4", r"(--save|--init) weights/": r"\1 ",
-  r"weights/paligemma-3b-mix-224": "weights/tiny1", r" --vs transformers --python \S+": "", r"bench.py weights.*": r"\g<0> "
-  "--repeat 1", r"rendered.py memory": "rendered.py METAL:Apple7 3b --layers 1", r"--sides.*": "--sides 56 112", r"--eval": "--eval --scenes 100",
+  r"vlm.py --train$": r"\g<0> --save short --steps 0", r"--steps \d+": "--steps 2 --batch 4",
+  r"(--save|--init) weights/": r"\1 ", r"weights/paligemma-3b-mix-224": "weights/tiny1",
+  r" --vs transformers --python \S+": "", r"bench.py weights.*": r"\g<0> --repeat 1", r"--sides.*": "--sides 56 112",
+  r"rendered.py memory": "rendered.py METAL:Apple7 3b --layers 1", r"show.py --eval": "show.py --eval --scenes 20",
   r"masks.py --train weights/": "masks.py --steps 2 --batch 4 --train "}
 
 def test_readme_commands(clone):
