@@ -119,7 +119,7 @@ def training():
 
 def memory():
   """What each size takes of a Mac's memory, counted from the buffers of a run on the null device."""
-  print("| checkpoint | weights | GB on the GPU at 224 px | of a Mac with |\n|---|---|---|---|")
+  print("| checkpoint | weights | GB for the GPU | fits a Mac of |\n|---|---|---|---|")
   for size in TEXT:
     for bits in (None, "int8", "int4"):
       command = [sys.executable, __file__, "METAL:Apple7", size, *(["--bits", bits] if bits else [])]

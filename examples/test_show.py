@@ -211,7 +211,7 @@ def test_it_means_something_on_the_toy(capsys):
     assert results[task][3, 0] > .8 and results[task][3, 1] > .65  # the third
     assert max(results[task][[1, 2, 4], 0]) < .5
   assert results["patches"].shape == (5, 2)
-  assert results["patches"][0].max() < .02 and results["patches"][3, 0] > .95 and results["patches"][4, 1] > .5
+  assert results["patches"][0].max() < .02 and results["patches"][3, 0] > .9 and results["patches"][4, 1] > .5
   for i in range(5):
     caption, color = results["caption"][i], results["color"][i]
     assert np.abs(np.array(rows[i]) - [caption[0], color[0], caption[1], color[1]]).max() < .15
