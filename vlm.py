@@ -731,7 +731,7 @@ def main(argv=None):
   p.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens")
   p.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens of mass P")
   p.add_argument("--seed", type=int, metavar="S", help="repeat a sample")
-  p.add_argument("--out", metavar="FILE", help="picture with boxes and masks (default: IMAGE.boxes.png here), --batch's answers")
+  p.add_argument("--out", metavar="FILE", help="where boxes and masks are drawn (default: IMAGE.boxes.png here)")
   p.add_argument("--json", action="store_true", help="one JSON object instead of text")
   p.add_argument("--quantize", choices=quantize.BITS, help="weights in 8 or 4 bits; --save keeps them as a folder")
   p.add_argument("--device", metavar="DEV", help="METAL, CUDA, CPU, ... (default: the best there is, or $DEV)")

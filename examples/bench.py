@@ -6,6 +6,7 @@
     python examples/bench.py DIR --quantized [--vs ...]             int8 and int4: speed, and agreement with DIR itself
     python examples/bench.py DIR --sides 224 448 896                seconds and memory of larger pictures
     python examples/bench.py DIR --device CUDA [--python REF]       one table for a GPU
+    python examples/bench.py --products                             the matmul kernel beside the machine's limits
     python examples/bench.py --train                                the toy's training step, and where its time goes
 
 REF is a Python with torch and transformers, in an environment of its own (see .ci/run). Every figure is the median of
@@ -205,14 +206,14 @@ void kernel(float *restrict out, ARGS const int core_id) {
 FLOATS = 1 << 25  # 128 MB a core: beyond every cache
 
 
-def limits():
-  """-> multiply-adds a second in bfloat16 (float32 where the processor has no such instructions), bytes read a second,
-  by all cores; the best of five runs each."""
+def limits(portable=False):
+  """-> multiply-adds a second in bfloat16 (float32 where the processor has no such instructions, or if portable), bytes
+  read a second, by all cores; the best of five runs each."""
   from tinygrad import Device, Tensor, TinyJit, dtypes
   from tinygrad.helpers import CPU_COUNT
   import vlm
   device, cores = vlm.compiled.open_device("CPU"), CPU_COUNT.value
-  pairs = "avx512_bf16" in "".join(vlm.compiled.processor())
+  pairs = "avx512_bf16" in "".join(vlm.compiled.processor()) and not portable
   step = "(vec)__builtin_ia32_dpbf16ps_512(s[i], (pairs)a, (pairs)b)" if pairs else "s[i] + a * b"
   types = VECTORS + "typedef __bf16 pairs __attribute__((vector_size(64)));\n" * pairs
   source = Tensor.ones(FLOATS * cores, device=device).contiguous().realize()
@@ -308,6 +309,48 @@ def sides(folder, wanted):
           f"{result['memory']:.2f} |", flush=True)
 
 
+def products():
+  """The matmul kernel beside the machine: multiply-adds for 264 rows, bytes for one."""
+  from tinygrad import Device, Tensor, TinyJit
+  import vlm
+  device = vlm.compiled.open_device("CPU")
+  rng = np.random.default_rng(0)
+
+  def seconds(rows, inputs, weight):
+    x = vlm.upload(rng.standard_normal((rows, inputs), np.float32), device)
+    jit, times = TinyJit(lambda x: vlm.matmul(x, weight).realize()), []
+    for _ in range(12):
+      Device[device].synchronize()
+      start = time.perf_counter()
+      jit(x)
+      Device[device].synchronize()
+      times.append(time.perf_counter() - start)
+    return statistics.median(times[3:])
+  print("| product | measured | limit, same run | of it |\n|---|---|---|---|")
+  weight = vlm.upload(rng.integers(0, 1 << 14, (16384, 2048), np.uint16), device)
+  for rows in (264, 1032, 4104):
+    for portable in (False, True)[:1 + (rows == 264)]:
+      vlm.kernels.PORTABLE = portable
+      peak = 2e-9 * limits(portable)[0]
+      rate = 2e-9 * rows * weight.numel() / seconds(rows, 2048, weight)
+      kind = "portable: float32" if portable else "bfloat16"
+      print(f"| ({rows}, 2048) @ (16384, 2048).T, {kind} | {rate:.0f} GFLOPS | {peak:.0f} GFLOPS | {rate / peak:.0%} |",
+            flush=True)
+  vlm.kernels.PORTABLE = False
+  for kind in ("bfloat16", "int8", "int4"):
+    N = 1 << 17  # beyond every cache
+    if kind == "bfloat16":
+      weight, size = vlm.upload(rng.integers(0, 1 << 14, (N, 2048), np.uint16), device), 2 * N * 2048
+    else:
+      data, scale = vlm.quantize.quantize(rng.standard_normal((1, 2048), np.float32), vlm.quantize.BITS[kind])
+      data, scale = (vlm.upload(np.repeat(a.astype(kind), N, 0), device) for a, kind in
+                     ((data, data.dtype), (scale, np.float32)))
+      weight, size = vlm.quantize.Packed(data, scale, 2048), data.nbytes() + scale.nbytes()
+    read = 1e-9 * limits()[1]
+    rate = 1e-9 * size / seconds(1, 2048, weight)
+    print(f"| one row, {kind} | {rate:.1f} GB/s | {read:.1f} GB/s | {rate / read:.0%} |", flush=True)
+
+
 def training():
   """The toy's training step, by kernel: JIT=2 runs and times them one by one."""
   code = """
@@ -401,13 +444,13 @@ def main():
   p.add_argument("--vs", choices=["transformers"])
   p.add_argument("--python", metavar="REF")
   p.add_argument("--repeat", type=int, default=3, metavar="N")
-  for flag in ("--check", "--quantized", "--train"):
+  for flag in ("--check", "--quantized", "--products", "--train"):
     p.add_argument(flag, action="store_true")
   p.add_argument("--sides", type=int, nargs="+", metavar="S")
   p.add_argument("--device", metavar="DEV")
   p.add_argument("--worker", help=argparse.SUPPRESS)
   args = p.parse_args()
-  if not args.folder and not args.train:
+  if not args.folder and not args.train and not args.products:
     p.error("which checkpoint? give its folder")
   if (args.vs or args.check) and not args.python:
     p.error("--python: a Python with torch and transformers")
@@ -416,6 +459,8 @@ def main():
     print(json.dumps(result | {"memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}))
   elif args.train:
     training()
+  elif args.products:
+    products()
   elif args.device:
     import bench_gpu
     bench_gpu.table(args.folder, args.device, args.python)
