@@ -21,6 +21,7 @@ import subprocess
 import sys
 import weakref
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -1054,9 +1055,9 @@ def test_progress_does_not_clear_the_answer(clone, tmp_path):
 # ---- README: what it says is what the files are, and its commands run ----
 README = (ROOT / "README.md").read_text()
 
-def code_blocks(kind=""):
+def code_blocks(kind="", text=README):
   """The fenced blocks of README.md, but those that need the hub or a GPU and the set-up commands, for .ci/run."""
-  text = re.sub(r"<!-- (needs [^>]*|set up [^>]*) -->\n```.*?```", "", README, flags=re.S)
+  text = re.sub(r"<!-- (needs [^>]*|set up [^>]*) -->\n```.*?```", "", text, flags=re.S)
   return [block for name, block in re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.S | re.M) if name == kind]
 
 @pytest.fixture(scope="module")
@@ -1079,17 +1080,21 @@ LESS = {  # what is done to a command that takes minutes, or wants a downloaded 
   r"masks.py --train weights/": "masks.py --steps 2 --batch 4 --train "}
 
 def test_readme_commands(clone):
-  """in their order: some use what others wrote"""
-  long = [line for block in re.findall(r"<!-- takes long -->\n```\n(.*?)```", README, flags=re.S) for line in block.splitlines()]
-  commands = [line for block in code_blocks() for line in block.splitlines() if line]
-  for command in commands:
-    assert command.startswith("python "), "only commands that run with nothing but this repository"
-    for pattern, replacement in LESS.items() if command in long else ():
-      command = re.sub(pattern, replacement, command)
-    run = subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=clone, input="caption en\n\n", text=True,
-                         capture_output=True)
-    assert run.returncode == 0 and "Traceback" not in run.stderr, command + run.stderr
-  assert len(commands) > 5
+  """Those of a section in their order: some use what others wrote. Two sections at a time."""
+  long = [line for block in re.findall(r"<!-- takes long -->\n```\n(.*?)```", README, flags=re.S)
+          for line in block.splitlines()]
+  def run(section):
+    commands = [line for block in code_blocks(text=section) for line in block.splitlines() if line]
+    for command in commands:
+      assert command.startswith("python "), "only commands that run with nothing but this repository"
+      for pattern, replacement in LESS.items() if command in long else ():
+        command = re.sub(pattern, replacement, command)
+      done = subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=clone, input="caption en\n\n", text=True,
+                            capture_output=True)
+      assert done.returncode == 0 and "Traceback" not in done.stderr, command + done.stderr
+    return len(commands)
+  with ThreadPoolExecutor(2) as pool:
+    assert sum(pool.map(run, README.split("\n## "))) > 5
 
 def test_readme_python(clone):
   [code] = code_blocks("python")

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 # Two layers have all the kernels that 18 or 26 have. 448 pixels are more than a CHUNK of queries.
 INFERENCE = [("3b",), ("3b", "--bits", "int8", "--batch", "8"), ("2-3b", "--bits", "int4"), ("2-3b", "--side", "448")]
 EVERY = [*INFERENCE, ("2-3b", "--shard", "2"), ("train",)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_at_a_time(request):
+  """What the tests of a whole run want."""
+  if len(request.session.items) > 20:
+    with ThreadPoolExecutor(2) as pool:
+      jobs = [("METAL:Apple7", *what) for what in EVERY[::-1]] + [("CUDA:sm_80", *what) for what in INFERENCE]
+      list(pool.map(lambda job: kernels(*job), jobs))
 
 
 @functools.cache
