@@ -623,8 +623,8 @@ def load(folder, device=None, max_context=None, bits=None, shard=1):
 # ---- 10. Kernels ----
 # On a CPU, tinygrad's own matmul reaches 46 GFLOPS in float32 and 3 in bfloat16 (two Zen 4 cores). The C in
 # examples/kernels.c, which examples/kernels.py makes kernels of tinygrad's, works on the weights as they lie in the
-# file: 854 GFLOPS in bfloat16 for 264 rows where the peak was 909, and for one row 47 GB/s where the memory gave 50 (two
-# Zen 5 cores, examples/bench.py --products). GPUs have kernels for weights of 16 bits or fewer, all else is as below.
+# file: 854 GFLOPS in bfloat16 for 264 rows where the peak was 909, and for one row 47 GB/s where the memory gave 50
+# (two Zen 5 cores, examples/bench.py --products). GPUs have kernels for weights of 16 bits or fewer; all else is below.
 
 def matmul(a, b, kind="nt", batched=False):
   """a @ b.T ("nt": a Linear), a @ b ("nn") or a.T @ b ("tn") of the last two dimensions; leading ones are a batch, or
