@@ -156,7 +156,7 @@ def attention(q, k, v, scale, mask=None, softcap=0.0):
   Query head h reads key/value head h // (H / K). Logits and softmax in float32: bfloat16 ones move the argmax."""
   B, H, T, d = q.shape
   K, C = k.shape[1:3]
-  if T == 1 and fused(q):
+  if T == 1 and mask is not None and fused(q):
     return kernels.attend(q, k, v, scale, mask, softcap)
   if T > CHUNK and not Tensor.training:  # a few queries at a time, or memory would grow with the square of the picture
     parts = [(q[:, :, i:i + CHUNK], mask if mask is None or mask.shape[3] == 1 else mask[:, :, :, i:i + CHUNK])

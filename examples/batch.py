@@ -259,7 +259,7 @@ def run(args):
     try:
       folder = args.weights or vlm.default_weights()
       vlm.status(f"loading {folder}")
-      model = vlm.load(folder, bits=args.quantize)
+      model = vlm.load(folder, bits=args.quantize, shard=args.shard)
     except BaseException:
       answers.discard()
       raise

@@ -206,10 +206,23 @@ void kernel(float *restrict out, ARGS const int core_id) {
 FLOATS = 1 << 25  # 128 MB a core: beyond every cache
 
 
+def calls(function, x, count):
+  """Seconds of calls of a captured function, but for the first three, which capture it."""
+  from tinygrad import Device, TinyJit
+  jit, times = TinyJit(function), []
+  for _ in range(3 + count):
+    Device[x.device].synchronize()
+    start = time.perf_counter()
+    jit(x)
+    Device[x.device].synchronize()
+    times.append(time.perf_counter() - start)
+  return times[3:]
+
+
 def limits(portable=False):
   """-> multiply-adds a second in bfloat16 (float32 where the processor has no such instructions, or if portable), bytes
   read a second, by all cores; the best of five runs each."""
-  from tinygrad import Device, Tensor, TinyJit, dtypes
+  from tinygrad import Tensor, dtypes
   from tinygrad.helpers import CPU_COUNT
   import vlm
   device, cores = vlm.compiled.open_device("CPU"), CPU_COUNT.value
@@ -222,14 +235,7 @@ def limits(portable=False):
     def call(x):
       out = Tensor.invalids(16 * cores, dtype=dtypes.float32, device=device)
       return vlm.compiled.c_kernel("limit", {}, {"out": out}, {"x": x}, work * cores, code=types + code).realize()
-    jit, times = TinyJit(call), []
-    for _ in range(8):
-      Device[device].synchronize()
-      start = time.perf_counter()
-      jit(source)
-      Device[device].synchronize()
-      times.append(time.perf_counter() - start)
-    return work * cores / min(times[3:])
+    return work * cores / min(calls(call, source, 5))
   return (rate(PEAK.replace("STEP", step), 400000 * 24 * (32 if pairs else 16)),
           rate(READ.replace("SIZE", str(FLOATS)), 4 * FLOATS))
 
@@ -311,21 +317,13 @@ def sides(folder, wanted):
 
 def products():
   """The matmul kernel beside the machine: multiply-adds for 264 rows, bytes for one."""
-  from tinygrad import Device, Tensor, TinyJit
   import vlm
   device = vlm.compiled.open_device("CPU")
   rng = np.random.default_rng(0)
 
   def seconds(rows, inputs, weight):
     x = vlm.upload(rng.standard_normal((rows, inputs), np.float32), device)
-    jit, times = TinyJit(lambda x: vlm.matmul(x, weight).realize()), []
-    for _ in range(12):
-      Device[device].synchronize()
-      start = time.perf_counter()
-      jit(x)
-      Device[device].synchronize()
-      times.append(time.perf_counter() - start)
-    return statistics.median(times[3:])
+    return statistics.median(calls(lambda x: vlm.matmul(x, weight).realize(), x, 9))
   print("| product | measured | limit, same run | of it |\n|---|---|---|---|")
   weight = vlm.upload(rng.integers(0, 1 << 14, (16384, 2048), np.uint16), device)
   for rows in (264, 1032, 4104):

@@ -80,12 +80,13 @@ def attend(q, k, v, scale, mask, softcap):
 
 def on_gpu(x, w):
   """x (.., K) @ w (N, K).T -> (.., N) float32, without gradient; None where the ordinary way is left alone."""
-  renderer = Device[x.device if isinstance(x.device, str) else x.device[0]].renderer
+  device = Device[x.device if isinstance(x.device, str) else x.device[0]]
+  renderer, views = device.renderer, hasattr(device.allocator, "_offset")  # CL and WebGPU have no views of a buffer
   I, (N, K) = x.numel() // x.shape[-1], w.shape
   if Tensor.training or FORMATS[w.dtype] == 32 or not renderer.has_local:
     return None
   if I <= 8:
-    fits = isinstance(x.device, str) and K % (32 if w.dtype == dtypes.uint8 else 4) == 0
+    fits = views and isinstance(x.device, str) and K % (32 if w.dtype == dtypes.uint8 else 4) == 0
     return few_rows(x.reshape(I, K), w).reshape(*x.shape[:-1], N) if fits else None
   pairs = {t.dtype_in for t in renderer.tensor_cores if t.dtype_out == dtypes.float}
   # Metal multiplies float32 too, and on the M1 no bfloat16.

@@ -1,7 +1,6 @@
 """Tests of batch.py: several pictures for one question, and lists of questions. `-k live` compares with transformers
 itself, with new seeds and sizes at every run (VLM_SEED=N repeats one); that needs torch and transformers."""
 import functools
-import importlib
 import io
 import json
 import os
@@ -23,6 +22,7 @@ import batch
 import compiled
 import golden
 import vlm
+from test_vlm import live_seed  # noqa: F401
 
 WEIGHTS, KINDS = ROOT / "weights", ("tiny1", "tiny2", "tiny2-28b")
 TOLERANCE = 1e-4  # of the logits, in standard deviations: see test_vlm.py
@@ -364,15 +364,6 @@ def test_ctrl_c():
   assert run.returncode == 130 and "Traceback" not in err and f"stopped: {len(read())} rows: answers.jsonl" in err
 
 # ---- live ----
-@pytest.fixture(scope="module")
-def live_seed():
-  for package in ("torch", "transformers"):
-    if os.environ.get("VLM_LIVE"):  # CI, which must not skip
-      importlib.import_module(package)
-    pytest.importorskip(package, reason=f"the live comparison needs {package}: see .ci/run for its environment")
-  return int(os.environ.get("VLM_SEED") or np.random.SeedSequence().entropy % 2**31)
-
-
 @pytest.mark.parametrize("gemma2", [False, True])
 def test_live_two_pictures(gemma2, live_seed, tmp_path, monkeypatch):
   """and three; as transformers answers for all of them in one prompt"""

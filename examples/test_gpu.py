@@ -77,11 +77,12 @@ def test_a_token_is_looked_up_and_chosen_on_the_gpu():
 
 
 EMULATED = """
+import sys
+from pathlib import Path
 import numpy as np
-from tinygrad import Device
+from tinygrad import Device, TinyJit
 from tinygrad.runtime.ops_python import PythonAllocator
-import quantize, vlm
-PythonAllocator._offset = lambda self, buf, size, offset: buf[offset:offset + size]  # real GPUs have views
+import compiled, quantize, vlm
 rng, device = np.random.default_rng(0), Device.DEFAULT
 def encode(w, kind):
   if kind == "float16":
@@ -94,23 +95,37 @@ def encode(w, kind):
   words[words & 0x7f800000 == 0x7f800000] &= 0xffffff
   w = quantize.Packed(vlm.upload(data, device), vlm.upload(scale.astype(np.float32), device), w.shape[1])
   return w, w.widen().numpy()
+def product(kind, I, N, K):
+  x = rng.standard_normal((I, K)).astype(np.float32)
+  w, exact = encode(rng.standard_normal((N, K)).astype(np.float32), kind)
+  return vlm.upload(x, device), w, x @ exact.T
+x, w, want = product("bfloat16", 1, 8, 128)
+print(1, np.abs(vlm.matmul(x, w).numpy() - want).max() / 128 ** 0.5)  # as CL and WebGPU: no views of a buffer
+PythonAllocator._offset = lambda self, buf, size, offset: buf[offset:offset + size]
+program = TinyJit(lambda x: vlm.matmul(x, w).realize())
+program.cnt = 1
+program(x)
+path = Path(sys.argv[1], "a.program")
+compiled.write(path, program, {"w": w})
+x, w, want = product("bfloat16", 1, 8, 128)
+again, out = compiled.read(path, {"w": w}, [x])
+assert again is not None, "a view of a weight is kept, too"
+print(1, np.abs(out.numpy() - want).max() / 128 ** 0.5)  # with the weight of its reader
 for kind in ("float16", "bfloat16", "int8", "int4"):
   for I, N, K in ((1, 8, 128), (1, 5, 36), (3, 8, 64), (8, 4, 64), (16, 16, 32), (24, 32, 64)):
-    x = rng.standard_normal((I, K)).astype(np.float32)
-    w, exact = encode(rng.standard_normal((N, K)).astype(np.float32), kind)
-    out = vlm.matmul(vlm.upload(x, device), w).numpy()
-    print(I, np.abs(out - x @ exact.T).max() / K ** 0.5)
+    x, w, want = product(kind, I, N, K)
+    print(I, np.abs(vlm.matmul(x, w).numpy() - want).max() / K ** 0.5)
 """
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "METAL"])
-def test_products_emulated(arch):
+def test_products_emulated(arch, tmp_path):
   """Local memory, barriers and tensor cores, as tinygrad's Python device plays them."""
   env = os.environ | {"DEV": f"PYTHON::{arch}", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "examples")])}
-  done = subprocess.run([sys.executable, "-c", EMULATED], env=env, capture_output=True, text=True)
+  done = subprocess.run([sys.executable, "-c", EMULATED, tmp_path], env=env, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   errors = [line.split() for line in done.stdout.splitlines()]
-  assert len(errors) == 24
+  assert len(errors) == 26
   for rows, error in errors:  # tensor cores take rows of x rounded to bfloat16
     assert float(error) < (1e-6 if int(rows) <= 8 else 0.02)
 

@@ -512,8 +512,8 @@ def run(args):
     return None
   if isinstance(args.batch, str):
     raise Fault(f"--batch {args.batch}: with --train it is how many questions an update takes")
-  if args.quantize:
-    raise Fault("--quantize is for finished weights; leave out --train")
+  if args.quantize or args.shard > 1:
+    raise Fault(f"{'--quantize' if args.quantize else '--shard'} is for finished weights; leave out --train")
   args.save = args.save or "weights/trained"
   if args.steps is None:
     args.steps = 2000 if args.train else 24000
