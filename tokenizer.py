@@ -4,10 +4,8 @@ A SentencePiece file from the hub holds only Gemma's base pieces; the 1024 <loc>
 follow them in the embedding table. big_vision's own file holds them as pieces. Both work: the file is asked first.
 """
 import codecs
-import functools
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import sentencepiece
@@ -16,14 +14,23 @@ LOC, SEG, CODES = 1024, 128, 16  # location and segmentation tokens of every Pal
 SPECIAL = re.compile(r"<loc(?:0\d{3}|10[01]\d|102[0-3])>|<seg(?:0\d\d|1[01]\d|12[0-7])>")
 
 
+class Fault(Exception):
+  """Something is wrong with what the user gave: the message says what, and what to do. Programs print it and exit with
+  `code`: 2 for bad input, 1 for work that cannot go on. It stands here because everything imports this file."""
+  def __init__(self, message, code=2):
+    super().__init__(message)
+    self.code = code
+
+
 class Tokenizer:
-  """path: a SentencePiece `tokenizer.model`. Raises ValueError if it is not one, or lacks the pieces Gemma needs."""
+  """path: a SentencePiece `tokenizer.model`. Raises Fault if it is not one, or lacks the pieces Gemma needs."""
 
   def __init__(self, path):
     try:
       self.model = sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes())
-    except RuntimeError:
-      raise ValueError(f"{path} is not a SentencePiece model; download tokenizer.model again") from None
+    except (OSError, RuntimeError) as e:
+      why = getattr(e, "strerror", None) or "not a SentencePiece model"
+      raise Fault(f"{path}: {why}; download tokenizer.model again") from None
     names = [f"<loc{i:04d}>" for i in range(LOC)] + [f"<seg{i:03d}>" for i in range(SEG)] + ["<image>"]
     base = self.model.get_piece_size()
     known = [self.model.piece_to_id(name) for name in names]
@@ -33,7 +40,7 @@ class Tokenizer:
     self.bos, self.eos, self.newline = self.model.bos_id(), self.model.eos_id(), self.model.piece_to_id("\n")
     self.image = self.ids["<image>"]
     if self.bos < 0 or self.newline == unknown:
-      raise ValueError(f"{path} has no <bos> or no newline piece: it is not a PaliGemma tokenizer")
+      raise Fault(f"{path} has no <bos> or no newline piece: it is not a PaliGemma tokenizer")
 
   def encode(self, text):
     """str -> list of ids. <locNNNN> and <segNNN> are single ids; control names such as <bos> are plain text."""
@@ -81,26 +88,17 @@ class Tokenizer:
 class Box:
   label: str
   box: tuple         # (x1, y1, x2, y2) in pixels of the picture
-  codes: tuple = ()  # the 16 of a segment answer
-  paint: Callable | None = field(default=None, repr=False, compare=False)
-
-  @functools.cached_property
-  def mask(self):
-    """bool (height, width) of the picture, True on the object; None for a box without codes. Raises vlm.Fault if the
-    file that draws masks is missing or is another one."""
-    return self.paint() if self.codes and self.paint else None
+  codes: tuple = ()  # the 16 of a segment answer, of which examples/draw.py makes a mask
 
 
-def parse_boxes(text, width, height, masks=None):
-  """"<loc..><loc..><loc..><loc..> label ; ..." -> list of Box. What is not a box stays text. masks: what draws codes,
-  see examples/masks.py; it does so when a box is asked for its mask, not here."""
+def parse_boxes(text, width, height):
+  """"<loc..><loc..><loc..><loc..> label ; ..." -> list of Box. What is not a box stays text."""
   boxes = []
   for part in text.split(";"):
     match = re.fullmatch(r"\s*((?:<loc\d{4}>){4})((?:<seg\d{3}>)*)([^<>]*)", part)
     if match:
       y1, x1, y2, x2 = (int(v) / 1023 for v in re.findall(r"\d{4}", match[1]))  # y before x; written as v * 1023
-      box, codes = (x1 * width, y1 * height, x2 * width, y2 * height), tuple(map(int, re.findall(r"\d{3}", match[2])))
+      codes = tuple(map(int, re.findall(r"\d{3}", match[2])))
       codes = codes if len(codes) == CODES and max(codes) < SEG else ()  # an answer cut short has a box and no mask
-      paint = functools.partial(masks, codes, box, width, height) if masks else None
-      boxes.append(Box(match[3].strip(), box, codes, paint))
+      boxes.append(Box(match[3].strip(), (x1 * width, y1 * height, x2 * width, y2 * height), codes))
   return boxes

@@ -1,39 +1,52 @@
-"""Boxes and masks drawn on a picture, and the picture saved: what `python vlm.py` does with the answer to a detect or
-segment prompt.
+"""An answer's boxes and masks drawn on the picture. Imports nothing of vlm: terminal.py draws with it, and every program.
 
-    python examples/draw.py IMAGE ANSWER OUT [DIR]      the same for an answer that is there already
-
-Masks are drawn with the vae-oid.npz of the checkpoint DIR, or else with that of weights/.
+The 16 <seg> tokens of a `segment` answer are the codes of a small VQ-VAE, a grid of 4 x 4, row by row. Its decoder draws
+them as a map of 64 x 64, above 0 inside of the object, which is stretched to the box. It comes from a `vae-oid.npz`:
+big_vision's for Google's checkpoints (all of them share it), this project's own for the toy (see codebook.py). Sizes
+are read from the file.
 """
+import base64
+import functools
 import io
 import os
-import sys
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
+from tinygrad import Tensor, TinyJit
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-import vlm
+from tokenizer import SEG, Fault
 
 COLORS = ["#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#000075"]
+NAME, GRID, SIDE = "vae-oid.npz", 4, 64         # file, codes and pixels a side
+EMBEDDING = "_vq_vae._embedding"                # the codebook (128, E)
+UP = [f"decoder.{n}" for n in (4, 6, 8, 10)]    # transposed convolutions, each twice as large: 4 -> 64
+DOWN = [f"encoder.{n}" for n in (0, 2, 4, 6)]   # convolutions, each half as large: 64 -> 4
 
-def draw_boxes(image, boxes):
-  """PIL image -> a copy with the boxes and their labels on it. A box with a mask is drawn as that."""
+
+# ---- 1. The picture ----
+
+
+def draw_boxes(image, boxes, masks=None):
+  """PIL image, boxes of tokenizer.Box, for each a mask (bool (H, W)) or None -> a copy with the boxes and their labels
+  on it. What has a mask is drawn as that."""
   labels, unit = sorted({box.label for box in boxes}), max(2, min(image.size) // 150)
   colors = [COLORS[labels.index(box.label) % len(COLORS)] for box in boxes]
-  shown = [box.mask is not None and box.mask.any() for box in boxes]
-  image = draw_masks(image, [(box.mask, color) for box, color, mask in zip(boxes, colors, shown) if mask], unit)
+  masks = [mask if mask is not None and mask.any() else None for mask in masks or [None] * len(boxes)]
+  image = draw_masks(image, [(mask, color) for mask, color in zip(masks, colors) if mask is not None], unit)
   draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=max(10, 6 * unit))
-  for box, color, mask in zip(boxes, colors, shown):
+  for box, color, mask in zip(boxes, colors, masks):
     x1, x2 = sorted(box.box[::2])
     y1, y2 = sorted(box.box[1::2])
-    if not mask:
+    if mask is None:
       draw.rectangle((x1, y1, x2, y2), outline=color, width=unit)
     left, top, right, bottom = draw.textbbox((x1, y1), box.label, font=font, anchor="lb" if y1 > 8 * unit else "lt")
     draw.rectangle((left - unit, top - unit, right + unit, bottom + unit), fill=color)
     draw.text((left, top), box.label, font=font, fill="white", anchor="lt")
   return image
+
 
 def draw_masks(image, masks, unit):
   """PIL image, list of (bool (H, W), color), width of an outline -> a copy with the masks, through which it is seen."""
@@ -44,6 +57,7 @@ def draw_masks(image, masks, unit):
     pixels[mask & ~shrink(mask, unit)] = ImageColor.getrgb(color)
   return Image.fromarray(pixels)
 
+
 def shrink(mask, steps):
   """bool (H, W) without its border, `steps` pixels wide. What touches the picture's edge has a border there too."""
   for _ in range(2):  # along columns; then, as it comes out turned, along rows, which turns it back
@@ -51,15 +65,17 @@ def shrink(mask, steps):
     mask = (inside[2 * steps + 1:] - inside[:-2 * steps - 1] == 2 * steps + 1).T
   return mask
 
+
 def check_output(path, inputs):
   """A picture is only written where it can be, and never over an input: known before the work, not after."""
   path = Path(path)
   if path.suffix.lower() not in Image.registered_extensions():
-    raise vlm.Fault(f"--out {path}: the name must end in a picture format, such as .png")
+    raise Fault(f"--out {path}: the name must end in a picture format, such as .png")
   if any(Path(name).exists() and path.exists() and path.samefile(name) for name in inputs):
-    raise vlm.Fault(f"--out {path} is the input picture; choose another name")
+    raise Fault(f"--out {path} is the input picture; choose another name")
   if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-    raise vlm.Fault(f"--out {path}: cannot be written; choose another place")
+    raise Fault(f"--out {path}: cannot be written; choose another place")
+
 
 def save_picture(image, path, inputs):
   """The whole picture or none: encoded first, then written. Raises Fault."""
@@ -69,20 +85,144 @@ def save_picture(image, path, inputs):
   try:
     Path(path).write_bytes(data.getvalue())
   except OSError as e:
-    raise vlm.Fault(f"{path}: {e.strerror}", code=1) from None
+    raise Fault(f"{path}: {e.strerror}", code=1) from None
 
-if __name__ == "__main__":
+
+def entry(box, mask=None):
+  """A box as JSON has it. The mask is a PNG in base64: pillow is there already, browsers and OpenCV read it too, and it
+  takes a few hundred bytes, where COCO's run lengths need a package to read."""
+  found = {"label": box.label, "box": [round(v, 1) for v in box.box]}
+  if mask is not None:
+    data = io.BytesIO()
+    Image.fromarray(mask).save(data, "PNG", optimize=True)
+    found["mask"] = base64.b64encode(data.getvalue()).decode()
+  return found
+
+
+# ---- 2. The file of the VQ-VAE ----
+
+
+def block_shapes(name, width, inner):
+  """Of a residual block: two 3x3 convolutions and one 1x1."""
+  return {f"{name}.0.weight": (inner, width, 3, 3), f"{name}.0.bias": (inner,),
+          f"{name}.2.weight": (inner, inner, 3, 3), f"{name}.2.bias": (inner,),
+          f"{name}.4.weight": (width, inner, 1, 1), f"{name}.4.bias": (width,)}
+
+
+def decoder_shapes(E, widths, inner):
+  """{name: shape}. widths: channels of decoder.0, .4, .6, .8 and .10. inner: of the two residual blocks."""
+  shapes = {EMBEDDING: (SEG, E), "decoder.0.weight": (widths[0], E, 1, 1), "decoder.0.bias": (widths[0],)}
+  for n, width in zip((2, 3), inner):
+    shapes |= block_shapes(f"decoder.{n}.net", widths[0], width)
+  for name, before, after in zip(UP, widths, widths[1:]):
+    shapes |= {f"{name}.weight": (before, after, 4, 4), f"{name}.bias": (after,)}  # transposed: (in, out, 4, 4)
+  return shapes | {"decoder.12.weight": (1, widths[-1], 1, 1), "decoder.12.bias": (1,)}
+
+
+def encoder_shapes(E, widths, inner):
+  """widths: channels of encoder.0, .2, .4 and .6."""
+  shapes = {}
+  for name, before, after in zip(DOWN, (1, *widths), widths):
+    shapes |= {f"{name}.weight": (after, before, 4, 4), f"{name}.bias": (after,)}
+  for n, width in zip((8, 9), inner):
+    shapes |= block_shapes(f"encoder.{n}.net", widths[-1], width)
+  return shapes | {"encoder.10.weight": (E, widths[-1], 1, 1), "encoder.10.bias": (E,)}
+
+
+def read(path, part="decoder"):
+  """The arrays that `part`, decoder or encoder, needs, as float32. Raises Fault."""
   try:
-    source, answer, out, folder = [*sys.argv[1:], None] if len(sys.argv) == 4 else sys.argv[1:]
-    picture = vlm.open_image(source)
-    boxes = vlm.parse_boxes(answer, *picture.size, vlm.masks.Masks(folder))
-    boxes, trouble = vlm.masks.drawable(boxes)
-    save_picture(draw_boxes(picture, boxes), out, [source])
-    if isinstance(trouble, vlm.masks.Missing):
-      print(f"draw: {trouble}", file=sys.stderr)
-    elif trouble:
-      raise trouble
-  except ValueError:
-    sys.exit("usage: python examples/draw.py IMAGE ANSWER OUT [DIR]")
-  except vlm.Fault as e:
-    sys.exit(f"draw: {e}")
+    with np.load(path) as file:
+      arrays = {name: file[name] for name in file.files if name == EMBEDDING or name.startswith(part)}
+    size = lambda name, axis=0: arrays[f"{name}.weight"].shape[axis]
+    inner = [size(f"{part}.{n}.net.0") for n in ((2, 3) if part == "decoder" else (8, 9))]
+    E = arrays[EMBEDDING].shape[1]
+    if part == "decoder":
+      expected = decoder_shapes(E, [size("decoder.0"), *(size(name, 1) for name in UP)], inner)
+    else:
+      expected = encoder_shapes(E, [size(name) for name in DOWN], inner) | {EMBEDDING: (SEG, E)}
+    arrays = {name: arrays[name].astype(np.float32, casting="same_kind") for name in expected}  # others are passed over
+    wrong = [name for name, shape in expected.items() if arrays[name].shape != shape or not np.isfinite(arrays[name]).all()]
+    if not wrong:
+      return arrays
+    problem = f"{wrong[0]} has another shape, {arrays[wrong[0]].shape}, or is not all numbers"
+  except FileNotFoundError:
+    raise Fault(f"{path}: no such file") from None
+  except KeyError as e:
+    problem = f"{e} is missing"
+  except (IndexError, TypeError, AttributeError):  # a shape too short; no numbers; an npy file, which has no names
+    problem = "its tensors have too few dimensions, no numbers, or no names"
+  except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, MemoryError, NotImplementedError) as e:
+    problem = f"not a complete npz file: {e}"
+  raise Fault(f"{path}: {problem}; this is not the VQ-VAE of PaliGemma's masks; get {NAME} again")
+
+
+# ---- 3. Codes to pixels ----
+
+
+def decode(w, x):
+  """The decoder. w: {name: Tensor}, x: rows of the codebook (B, E, 4, 4) -> logits (B, 64, 64)."""
+  conv = lambda x, name, pad=0: x.conv2d(w[f"{name}.weight"], w[f"{name}.bias"], padding=pad)
+  x = conv(x, "decoder.0").relu().contiguous()  # contiguous: what is fused into a convolution is computed many times
+  for n in (2, 3):
+    x = residual(w, x, f"decoder.{n}.net")
+  for name in UP:  # (B, c, s, s) -> (B, c', 2 s, 2 s)
+    x = x.conv_transpose2d(w[f"{name}.weight"], w[f"{name}.bias"], stride=2, padding=1).relu().contiguous()
+  return conv(x, "decoder.12").squeeze(1)
+
+
+def residual(w, x, name):
+  h = x.conv2d(w[f"{name}.0.weight"], w[f"{name}.0.bias"], padding=1).relu().contiguous()
+  h = h.conv2d(w[f"{name}.2.weight"], w[f"{name}.2.bias"], padding=1).relu().contiguous()
+  return (x + h.conv2d(w[f"{name}.4.weight"], w[f"{name}.4.bias"])).contiguous()
+
+
+def paste(logits, box, width, height):
+  """Logits (64, 64) -> bool (height, width) of the picture: stretched to the box, in pixels, and true above 0."""
+  x1, y1, x2, y2 = (int(v) for v in box)
+  mask = np.zeros((height, width), bool)
+  if x2 > x1 and y2 > y1:  # a mask has as many pixels as its box, so it is of no size or of a turned-over box empty
+    image = Image.fromarray(np.asarray(logits, np.float32)).resize((x2 - x1, y2 - y1), Image.Resampling.BILINEAR)
+    mask[y1:y2, x1:x2] = np.asarray(image) > 0
+  return mask
+
+
+class Missing(Fault):
+  """There is no vae-oid.npz: the user's choice, not an error."""
+
+
+class Masks:
+  """Draws the masks of boxes. Its file is looked for when the first is wanted, in the model's folder and beside it.
+  device: a full name of tinygrad's; of several the first is enough."""
+  def __init__(self, folder, device):
+    folder = Path(folder).resolve()
+    self.places = [folder / NAME, folder.parent / NAME, Path(__file__).resolve().parents[1] / "weights" / NAME]
+    self.device = device[0] if isinstance(device, tuple) else device
+    self.weights = self.program = None
+
+  def __call__(self, box, width, height):
+    """tokenizer.Box -> bool (height, width) of its picture, True on the object; None for a box without codes. Raises
+    Fault: Missing if there is no file, another if it is not one."""
+    return paste(self.logits(box.codes), box.box, width, height) if box.codes else None
+
+  def logits(self, codes):
+    """16 codes -> np.float32 (64, 64)."""
+    if self.program is None:
+      self.load()
+    rows = self.weights[EMBEDDING][list(codes)]  # (16, E)
+    x = np.ascontiguousarray(rows.T.reshape(1, -1, GRID, GRID))
+    return self.program(Tensor(x, device=self.device).realize()).numpy()[0]
+
+  @property
+  def path(self):
+    """The file, None if there is none."""
+    return next((place for place in self.places if place.exists()), None)
+
+  def load(self):
+    if self.path is None:
+      raise Missing(f"no {NAME} in {self.places[0].parent} or {self.places[-1].parent}, so masks stay tokens; it is the "
+                    f"decoder that big_vision publishes with PaliGemma (gs://big_vision/paligemma/{NAME})")
+    self.weights = read(self.path)
+    tensors = {name: Tensor(array, device=self.device).realize() for name, array in self.weights.items()}
+    self.program = TinyJit(functools.partial(lambda w, x: decode(w, x).contiguous(), tensors))
+    self.program.cnt = 1  # capture on the first call

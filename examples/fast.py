@@ -1,0 +1,494 @@
+"""Kernels for vlm.py, which takes from here what is named like one of its operations and has its arguments: C on a CPU
+(fast.c: shapes, types and switches go to it as #defines, so that each shape is compiled for itself), products with
+weights of 16 bits or fewer on a GPU, weights used where their file is mapped, quantised weights, and programs kept on
+disk, so that the next process starts without scheduler and compiler (PaliGemma-3B: 8 seconds). An operation returns
+None where vlm.py's own body is to do it. Nothing here imports vlm.
+
+tinygrad's private interfaces are used in this file only: Buffer.copyin, Tensor.from_blob, UOps of a program given as C
+(Ops.PROGRAM), Opt lists of a kernel, ClangRenderer and friends to know what a device compiles, the pickling of a
+TinyJit, DEV, CPU_COUNT and LLVM's context.
+"""
+import contextlib
+import ctypes.util
+import functools
+import glob
+import hashlib
+import importlib.metadata
+import math
+import os
+import pickle
+import platform
+import shutil
+import stat
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+from tinygrad import Device, Tensor, TinyJit, UOp, dtypes
+from tinygrad.codegen.opt import Opt, OptOps
+from tinygrad.device import Buffer
+from tinygrad.helpers import CPU_COUNT, DEV
+from tinygrad.renderer import Estimates
+from tinygrad.renderer.cstyle import ClangRenderer, MetalRenderer
+from tinygrad.renderer.llvmir import LLVMRenderer
+from tinygrad.runtime.autogen import llvm
+from tinygrad.uop.ops import AxisType, KernelInfo, Ops, ProgramInfo
+
+PORTABLE = False  # True, in tests: without AVX512-BF16 instructions, as on other CPUs
+FORMATS = {dtypes.float32: 32, dtypes.float16: 16, dtypes.uint16: 16, dtypes.int8: 8, dtypes.uint8: 4}  # bits
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "vlm"
+KEPT = 100  # files, of half a megabyte at most; the one unused for longest goes first. 0: none is read or written
+GPUS = "/dev/nvidia*", "/dev/kfd", "/dev/dri", "/dev/kgsl*", "/dev/dxg"  # what Linux calls them
+
+
+# ---- 1. What vlm.py calls ----
+
+
+def matmul(a, b, transposed=True):
+  if in_c(a.device):
+    return c_matmul(a, b, "nt" if transposed else "nn", len(b.shape) > 2)
+  return on_gpu(a, b) if transposed and len(b.shape) == 2 else None
+
+
+def rows(weight, ids):
+  return c_rows(weight, ids) if in_c(ids.device) else None
+
+
+def attention(q, k, v, scale, mask=None, softcap=0.0):
+  return attend(q, k, v, scale, mask, softcap) if q.shape[2] == 1 and mask is not None and in_c_forward(q) else None
+
+
+def layer_norm(x, weight, bias, eps):
+  return by_row("norm", {"x": x, "b": weight, "bias": bias}, EPS=eps) if in_c_forward(x) else None
+
+
+def rms_norm(x, weight, eps):
+  return by_row("norm", {"x": x, "b": weight}, EPS=eps) if in_c_forward(x) else None
+
+
+def softmax(x, scale):
+  return by_row("softmax", {"x": x}, SCALE=scale) if in_c_forward(x) else None
+
+
+def soft_cap(x, cap, scale=1.0):
+  return by_row("soft_cap", {"x": x}, SCALE=scale, CAP=cap) if in_c_forward(x) else None
+
+
+def gelu(x, times=None):
+  return by_row("gelu", {"x": x} if times is None else {"x": x, "b": times}) if in_c_forward(x) else None
+
+
+def upload(array, device):
+  """Tensor(array).realize() takes 2 ms, 130 the first time: it schedules a copy."""
+  if isinstance(device, tuple):
+    return None
+  t = Tensor.empty(*array.shape, dtype=getattr(dtypes, array.dtype.name), device=device)
+  t.uop.base.buffer.ensure_allocated().copyin(np.ascontiguousarray(array).data)
+  return t
+
+
+def refill(tensor, array):
+  buffer = tensor.uop.base.buffer
+  for part in getattr(buffer, "bufs", [buffer]):  # one on each of several devices
+    part.copyin(np.ascontiguousarray(array).data)
+  return tensor
+
+
+def to_tensor(name, array, device):
+  """On a CPU a view of the mapped file, which is neither read nor copied before it is used: where tinygrad's own
+  kernels find it aligned, and those of this file at any address."""
+  ours = array.ndim == 2 and "position_embedding" not in name and in_c(device)
+  if name != "cache" and (ours or device.startswith("CPU") and array.ctypes.data % 64 == 0):
+    return Tensor.from_blob(array.ctypes.data, array.shape, dtype=getattr(dtypes, array.dtype.name), device=device)
+  return None
+
+
+def open_device(name):
+  if name is None and not DEV.device and sys.platform == "linux" and not any(map(glob.glob, GPUS)):
+    name = "CPU"  # tinygrad would come to this too, after it has imported all its drivers, which takes 0.4 s
+  name = Device.canonicalize(name)
+  if name.startswith("CPU"):
+    find_compiler()
+  if isinstance(Device[name].renderer, LLVMRenderer) and hasattr(llvm.dll, "LLVMContextSetOpaquePointers"):
+    llvm.dll.LLVMContextSetOpaquePointers(Device[name].compiler.context, 1)  # LLVM 15 must be told; newer ones know
+  return name
+
+
+def capture(function, shaped_by, owned):
+  path, programs = kept_file(function, shaped_by, owned), []
+
+  def call(*inputs):
+    if programs:
+      return programs[0](*inputs)
+    program, result = read(path, owned, inputs)
+    if program is None:
+      program = TinyJit(function)
+      program.cnt = 1  # capture on the first call: the usual dry run would schedule everything twice
+      result = program(*inputs)
+      write(path, program, owned)
+    programs.append(program)
+    return result
+  return call
+
+
+class Packed:
+  """A weight (N, K) in few bits, as quantize.py writes it: int8 numbers (N, K) and a scale (N,) for each row, or uint8
+  (N, G * 16), two numbers of 4 bits in each, the first in the lower half and all of them plus 8, and a scale (N, G)
+  for each 32 of a row."""
+  def __init__(self, data, scale, shape):
+    self.data, self.scale, self.shape, self.dtype = data, scale, (*data.shape[:-1], shape[-1]), data.dtype
+
+  @staticmethod
+  def fits(data, scale, shape):
+    """Whether the arrays of a file can be a weight of that shape."""
+    N, groups = shape[0], -(-shape[-1] // 32)
+    known = {np.dtype(np.int8): (shape, (N,)), np.dtype(np.uint8): ((N, groups * 16), (N, groups))}
+    return scale.dtype == np.float32 and known.get(data.dtype) == (data.shape, scale.shape)
+
+  def __getitem__(self, ids):
+    return Packed(self.data[ids], self.scale[ids], self.shape)
+
+  def float(self):
+    if self.dtype == dtypes.int8:
+      return self.data.float() * self.scale.unsqueeze(-1)
+    numbers = (self.data & 15).stack(self.data >> 4, dim=-1).reshape(*self.scale.shape, 32).float() - 8
+    return (numbers * self.scale.unsqueeze(-1)).flatten(-2)[..., :self.shape[-1]]
+
+
+def in_c_forward(x):
+  """In C, but where something is differentiated: these kernels have no gradient."""
+  return in_c(x.device) and not Tensor.training
+
+
+# ---- 2. C on a CPU ----
+
+
+def find_compiler():
+  """tinygrad's CPU device calls clang. Without one: zig's (from PyPI), then libLLVM, then its own, slow, assembler."""
+  if "CC" in os.environ or DEV.renderer or shutil.which("clang"):
+    return
+  try:
+    import ziglang
+    wrapper, text = cache_folder() / "zig-clang", f"""#!/bin/sh
+exec '{Path(ziglang.__file__).parent / 'zig'}' clang "$@"
+"""
+    if wrapper.is_symlink() or not wrapper.exists() or wrapper.read_text() != text:
+      part = wrapper.with_suffix(f".{os.getpid()}")
+      part.write_text(text)
+      part.chmod(0o700)
+      os.replace(part, wrapper)
+    os.environ["CC"] = str(wrapper)
+  except (ImportError, OSError):
+    found = any(ctypes.util.find_library(f"LLVM{v}") for v in ("", *(f"-{n}" for n in range(15, 22))))
+    DEV.value = "CPU:LLVM" if found else "CPU:X86"
+    print("no C compiler, so answers come slowly; `pip install ziglang`, or install clang", file=sys.stderr)
+
+
+def cache_folder():
+  """-> CACHE, which nobody else can write to. Raises OSError: whoever can write there can run code as this user."""
+  CACHE.mkdir(mode=0o700, parents=True, exist_ok=True)
+  found = CACHE.lstat()
+  if not stat.S_ISDIR(found.st_mode) or hasattr(os, "geteuid") and (found.st_uid != os.geteuid() or found.st_mode & 0o022):
+    raise PermissionError(f"{CACHE} is not a folder of this user's alone")
+  return CACHE
+
+
+@functools.cache
+def c_source():
+  """The text of fast.c; "" where the CPU device compiles no C: DEV=CPU:LLVM, DEV=CPU:X86, or no compiler."""
+  c = isinstance(Device["CPU"].renderer, ClangRenderer) and shutil.which(os.environ.get("CC", "clang"))
+  return Path(__file__).with_name("fast.c").read_text() if c else ""
+
+
+def in_c(device):
+  return isinstance(device, str) and device.startswith("CPU") and c_source() != ""
+
+
+def c_kernel(name, defines, outs, srcs, work, backward=None, code=None):
+  """Run `kernel` of fast.c, or of other C, as a kernel of tinygrad's: scheduled, compiled once, captured and
+  threaded like its own. {parameter: tensor} outs and srcs, work multiply-adds -> the first of outs, `out` in C."""
+  cores = CPU_COUNT.value if work > 1 << 20 else 1  # a second core costs 20 us a kernel: Python's queues
+  types = {"x": "const float", "ids": "const int", "b": "const char", "scale": "const float", "scratch": "int",
+           "values": "const float", "seen": "const char", "bias": "const char"}
+  args = "".join(f"{types[arg]} *restrict {arg}, " for arg in [*list(outs)[1:], *srcs])
+  defines = {"ARGS": args, "CORES": cores, "ROUNDED": 0, "FLOAT16": 0, "FEW": 8} | defines
+  source = "".join(f"#define {k} {v}\n" for k, v in defines.items()) + (code or c_source())
+
+  def program(*bufs):
+    core_id = UOp.variable("core_id", 0, cores - 1, dtypes.int)  # one call for each value, in parallel
+    size = sum(t.nbytes() for t in [*outs.values(), *srcs.values()])
+    sink = UOp.sink(*bufs, core_id, arg=KernelInfo(name=name, estimates=Estimates(2 * work, size, size)))
+    ids = tuple(range(len(bufs)))
+    info = ProgramInfo(name, (cores, 1, 1), None, (core_id,), ids, ids[:len(outs)], ids[len(outs):])
+    parts = UOp(Ops.DEVICE, arg="CPU"), UOp(Ops.LINEAR, src=(*sink.src, sink)), UOp(Ops.SOURCE, arg=source)
+    return UOp(Ops.PROGRAM, src=(sink, *parts), arg=info)
+  first, *rest = outs.values()
+  return first.custom_kernel(*rest, *srcs.values(), fxn=program, grad_fxn=backward)[0]
+
+
+def wide(t):
+  return (t.cast(dtypes.uint32) << 16).bitcast(dtypes.float32) if t.dtype == dtypes.uint16 else t.float()
+
+
+def empty(like, *shape, dtype=dtypes.float32):
+  return Tensor.invalids(*shape, dtype=dtype, device=like.device)
+
+
+def parts(w):
+  """A weight as sources of a kernel."""
+  return {"b": w.data, "scale": w.scale} if isinstance(w, Packed) else {"b": w}
+
+
+def c_matmul(a, b, kind, batched):
+  """Differentiable where b is float32; a frozen b of fewer bits passes the gradient on."""
+  lead, bits = a.shape[:-2] if batched else (), FORMATS[b.dtype]
+  Z, rows, cols = math.prod(lead), math.prod(a.shape[len(lead):-1]), a.shape[-1]
+  (I, K), J = (cols, rows) if kind == "tn" else (rows, cols), b.shape[-2 if kind == "nt" else -1]
+  outs = {"out": empty(a, *((*lead, I, J) if kind == "tn" else (*a.shape[:-1], J)))}
+  rounded = b.dtype in (dtypes.uint16, dtypes.int8, dtypes.uint8) and not PORTABLE
+  if rounded:  # a in bfloat16, once for each core
+    outs["scratch"] = empty(a, CPU_COUNT.value, I, -(-K // 32) * 16 + 16, dtype=dtypes.int32)
+  defines = {"MATMUL": 1, "BATCH": Z, "I": I, "J": J, "K": K, "A_T": int(kind == "tn"), "B_T": int(kind == "nt"),
+             "BITS": bits, "FLOAT16": int(b.dtype == dtypes.float16), "ROUNDED": int(rounded),
+             "FEW": 8 * (kind == "nt" and Z <= 1)}
+
+  def backward(grad, call):
+    d, a, b, *scale = Tensor(grad), *map(Tensor, call.src[1 + len(outs):])
+    if bits < 32:
+      weight = Packed(b, *scale, (J, K)).float() if scale else wide(b)
+      return *[None] * len(outs), c_matmul(d, weight, "nn", False).uop, *[None] * (1 + len(scale))
+    ways = {"nt": ((d, b, "nn"), (d, a, "tn")), "nn": ((d, b, "nt"), (a, d, "tn")), "tn": ((b, d, "nt"), (a, d, "nn"))}
+    return None, *(c_matmul(*way, batched).uop for way in ways[kind])
+  name = f"matmul_{kind}_{b.dtype.name}_{Z}_{I}_{J}_{K}"
+  return c_kernel(name, defines, outs, {"x": a} | parts(b), Z * I * J * K, backward)
+
+
+def c_rows(w, ids):
+  I, K = ids.numel(), w.shape[1]
+  defines = {"ROWS": 1, "I": I, "J": 1, "K": K, "BITS": FORMATS[w.dtype], "FLOAT16": int(w.dtype == dtypes.float16),
+             "BATCH": 1, "A_T": 0, "B_T": 1}
+  return c_kernel(f"rows_{w.dtype.name}_{I}_{K}", defines, {"out": empty(ids, *ids.shape, K)},
+                           {"ids": ids} | parts(w), I * K)
+
+
+def by_row(name, srcs, **defines):
+  """softmax, soft_cap, gelu or norm (weights b, with a bias a LayerNorm) of each row of x (.., K). No gradient."""
+  x, K = srcs["x"], srcs["x"].shape[-1]
+  I = x.numel() // K
+  kind = srcs.get("b", x).dtype
+  defines |= {name.upper(): len(srcs), "I": I, "K": K, "BITS": FORMATS[kind], "FLOAT16": int(kind == dtypes.float16)}
+  return c_kernel(f"{name}_{I}_{K}", defines, {"out": empty(x, *x.shape)}, srcs, 16 * I * K)
+
+
+def attend(q, k, v, scale, mask, softcap):
+  """attention() of vlm.py for one query a row, T = 1: the caches are read once, as they are, and only where seen."""
+  B, H, _, d = q.shape
+  K, C = k.shape[1:3]
+  defines = {"ATTEND": 1, "I": B * H, "K": d, "BITS": 32, "SLOTS": C, "HEADS": K, "QUERIES": H // K, "SCALE": scale,
+             "CAP": softcap}
+  srcs = {"x": q, "b": k, "values": v, "seen": mask.reshape(B, C)}
+  return c_kernel(f"attend_{B}_{K}_{H // K}_{C}_{d}", defines, {"out": empty(q, B, 1, H * d)}, srcs,
+                           2 * B * H * C * d)
+
+
+def on_gpu(x, w):
+  """x (.., K) @ w (N, K).T -> (.., N) float32, without gradient; None where the ordinary way is left alone."""
+  device = Device[x.device if isinstance(x.device, str) else x.device[0]]
+  renderer, views = device.renderer, hasattr(device.allocator, "_offset")  # CL and WebGPU have no views of a buffer
+  I, (N, K) = x.numel() // x.shape[-1], w.shape
+  if Tensor.training or FORMATS[w.dtype] == 32 or not renderer.has_local:
+    return None
+  if I <= 8:
+    fits = views and isinstance(x.device, str) and K % (32 if w.dtype == dtypes.uint8 else 4) == 0
+    return few_rows(x.reshape(I, K), w).reshape(*x.shape[:-1], N) if fits else None
+  pairs = {t.dtype_in for t in renderer.tensor_cores if t.dtype_out == dtypes.float}
+  # Metal multiplies float32 too, and on the M1 no bfloat16.
+  kind = dtypes.bfloat16 if dtypes.bfloat16 in pairs and not isinstance(renderer, MetalRenderer) else dtypes.float
+  if kind not in pairs or w.dtype == dtypes.float16 and kind == dtypes.bfloat16:
+    return None
+  scale = w.scale if w.dtype == dtypes.int8 else 1  # for afterwards: the numbers themselves are exact in bfloat16
+  if w.dtype == dtypes.int8:
+    w = w.data.cast(kind)
+  elif w.dtype == dtypes.uint16 and kind == dtypes.bfloat16:
+    w = w.bitcast(kind)
+  else:
+    alone = w.dtype == dtypes.uint8 and K % 32 == 0 and isinstance(x.device, str)
+    w = unpacked(w, x, kind) if alone else wide(w).cast(kind)
+  # w first: then the tokens need to be a multiple of 8 and not of 16; contiguous: else two products are one kernel
+  out = w.dot(x.reshape(I, K).cast(kind).contiguous().T, dtype=dtypes.float).T.contiguous()
+  return (out * scale).reshape(*x.shape[:-1], N)
+
+
+def unpacked(w, x, kind):
+  """int4 -> kind (N, K) in a buffer of its own, since tensor cores take no such indices. x is not read, but waited for:
+  without it all weights of a model would be unpacked first, and be in memory together."""
+  def kernel(out, data, scale, x):
+    n, group, pair = UOp.range(w.shape[0], 0), UOp.range(w.shape[1] // 32, 1), UOp.range(16, 2)
+    half = UOp.range(2, 3)
+    number = (data[n, group * 16 + pair] >> (half * 4).cast(dtypes.uint8) & 15).cast(dtypes.float) - 8
+    store = out[n, group * 32 + pair * 2 + half].store((number * scale[n, group]).cast(kind))
+    return store.end(n, group, pair, half).sink(arg=KernelInfo(name=f"unpacked_{w.shape[0]}_{w.shape[1]}"))
+  return empty(x, *w.shape, dtype=kind).custom_kernel(w.data, w.scale, x, fxn=kernel)[0]
+
+
+def few_rows(x, w):
+  """x (I, K) @ w (N, K).T -> (I, N) where memory is the limit. Threads side by side read w side by side, 16 bytes each
+  (as float32: tinygrad loads no other type of 32 bits four at a time), and every number once for all rows of x."""
+  (I, K), N, bits = x.shape, w.shape[0], FORMATS[w.dtype]
+  data, *scales = parts(w).values()
+  each = 32 // bits  # numbers in a word
+  words = Tensor(UOp(Ops.BUFFER_VIEW, dtypes.float, (data.uop.base,), (N * K // each, 0))).reshape(N, K // each)
+
+  def number(word, j):
+    word, shift = word.bitcast(dtypes.uint32), (j * bits).cast(dtypes.uint32)
+    if w.dtype == dtypes.uint16:
+      return (word >> shift << 16).bitcast(dtypes.float)
+    if bits == 16:
+      return (word >> shift).cast(dtypes.uint16).bitcast(dtypes.half).cast(dtypes.float)
+    if bits == 8:
+      return ((word << (24 - shift)).bitcast(dtypes.int) >> 24).cast(dtypes.float)
+    return ((word >> shift & 15).cast(dtypes.int) - 8).cast(dtypes.float)
+
+  def kernel(out, x, w, scale=None):
+    i, n, j = UOp.range(I, 0), UOp.range(N, 1), UOp.range(each, 4, AxisType.REDUCE)
+    if bits == 4:  # four words have a scale
+      ranges = UOp.range(K // 32, 2, AxisType.REDUCE), UOp.range(4, 3, AxisType.REDUCE)
+      word, factor = ranges[0] * 4 + ranges[1], scale[n, ranges[0]]
+    else:
+      ranges = [UOp.range(K // each, 2, AxisType.REDUCE)]
+      word, factor = ranges[0], 1
+    product = x[i, word * each + j] * number(w[n, word], j) * factor
+    total = product.reduce(*ranges, j, arg=Ops.ADD) * (scale[n] if bits == 8 else 1)
+    # a group of threads sums one row of w; a block is several groups
+    opts = [Opt(OptOps.UNROLL, len(ranges), each), Opt(OptOps.UNROLL, len(ranges) - 1, math.gcd(K // each, 4)),
+            Opt(OptOps.GROUP, 0, math.gcd(K // each // math.gcd(K // each, 4), 32)),
+            Opt(OptOps.LOCAL, 1 if I > 1 else 0, math.gcd(N, 4)), Opt(OptOps.UPCAST, 0, I)]
+    info = KernelInfo(name=f"few_rows_{bits}_{I}_{N}_{K}", opts_to_apply=tuple(o for o in opts if o.arg > 1))
+    return out[i, n].store(total).end(i, n).sink(arg=info)
+  return empty(x, I, N).custom_kernel(x, words, *scales, fxn=kernel)[0]
+
+
+# ---- 4. Programs on disk ----
+# A captured TinyJit is a list of kernels, already machine code, and the buffers that they read and write. The kernels are
+# stored. Buffers that the model owns (weights, KV cache) are stored by name and are those of the new process; all others
+# are scratch memory, stored as their size.
+
+
+def kept_file(function, shaped_by, owned):
+  """-> the file of a program, which depends on the function and all that it calls, on what else shaped it (the device
+  first), on the tensors that it owns by their shape and type, on this file, the compiler and the processor. None for
+  several devices: their buffers are not stored."""
+  device, *_ = shaped_by
+  if not KEPT or isinstance(device, tuple):
+    return None
+  tensors, renderer = [(name, t.shape, t.dtype) for name, t in owned.items()], Device[device].renderer
+  machine = str(renderer.target), CPU_COUNT.value, os.environ.get("CC"), platform.platform(), processor()
+  known = hashlib.sha256()
+  for part in (code_of(function), shaped_by, PORTABLE, tensors, type(renderer), machine):
+    known.update(repr(part).encode())
+  for source in ("fast.c", "fast.py"):
+    known.update(Path(__file__).with_name(source).read_bytes())
+  known.update(importlib.metadata.version("tinygrad").encode())
+  return CACHE / f"{known.hexdigest()[:32]}.program"
+
+
+def code_of(function):
+  """-> {name: code} of a function and of all functions and classes of its module that it can reach: what changes
+  nothing of these, such as a comment or another part of the file, does not make its program another one."""
+  found, waiting, module = {}, [function], function.__globals__
+  while waiting:
+    thing = waiting.pop()
+    thing = getattr(thing, "func", thing)                                  # of a partial
+    thing = getattr(thing, "__wrapped__", getattr(thing, "__func__", thing))
+    if isinstance(thing, types.FunctionType) and thing.__globals__ is module:
+      code, cells = thing.__code__, [cell.cell_contents for cell in thing.__closure__ or ()]
+      waiting += [code, *cells]
+    elif isinstance(thing, types.CodeType):
+      name = f"{thing.co_qualname}:{thing.co_firstlineno}"
+      if name not in found:
+        inner = [const for const in thing.co_consts if isinstance(const, types.CodeType)]
+        found[name] = thing.co_code.hex(), thing.co_names, [c for c in thing.co_consts if c not in inner]
+        waiting += [*inner, *(module[n] for n in thing.co_names if n in module)]
+    elif isinstance(thing, type):
+      if thing.__module__ == module["__name__"] and thing.__qualname__ not in found:
+        found[thing.__qualname__] = None
+        waiting += vars(thing).values()
+    elif type(thing).__module__ == module["__name__"]:
+      waiting.append(type(thing))
+  return sorted((name.partition(":")[0], str(code)) for name, code in found.items())
+
+
+def processor():
+  """What the first processor can do: machine code may be read by another machine with the same home folder."""
+  with contextlib.suppress(OSError):
+    return [line for line in open("/proc/cpuinfo") if line.startswith(("flags", "Features", "model name"))][:2]
+  return platform.processor()
+
+
+class Writer(pickle.Pickler):
+  """names: {UOp of a buffer that the model owns: its name}."""
+  def __init__(self, file, names):
+    super().__init__(file, pickle.HIGHEST_PROTOCOL)
+    self.names = names
+
+  def persistent_id(self, thing):
+    if thing.__class__ is not UOp:
+      return None
+    # UNIQUE tells buffers of a size apart; the process that reads this may have given the same number to another.
+    return thing.arg if thing.op is Ops.UNIQUE else self.names.get(thing)
+
+  def reducer_override(self, thing):
+    if thing.__class__ is not Buffer:
+      return NotImplemented
+    return Buffer, (thing.device, thing.size, thing.dtype, None, thing.options, None, int(thing._base is None),
+                    thing._base, thing.offset)
+
+
+class Reader(pickle.Unpickler):
+  """buffers: {name: UOp}, those of this process."""
+  def __init__(self, file, buffers):
+    super().__init__(file)
+    self.buffers, self.unique = buffers, {}
+
+  def persistent_load(self, key):
+    if isinstance(key, str):
+      return self.buffers[key]
+    if key not in self.unique:
+      self.unique[key] = UOp.unique()
+    return self.unique[key]
+
+
+def buffers(tensors):
+  """{name: Tensor} -> {name: UOp of its buffer}."""
+  return {name: t.uop.base for name, t in tensors.items()}
+
+
+def read(path, tensors, inputs):
+  """-> a captured TinyJit and what it returns for these inputs; None twice if there is no such file or it is no use."""
+  with contextlib.suppress(Exception):  # not there, damaged, of a driver that has changed: whatever it is, capture anew
+    if path:
+      cache_folder()
+      with open(path, "rb") as file:
+        jit = Reader(file, buffers(tensors)).load()
+      result = jit(*inputs)
+      os.utime(path)
+      return jit, result
+  return None, None
+
+
+def write(path, jit, tensors):
+  """Keep a captured TinyJit, if the folder allows."""
+  if not path:
+    return
+  part = path.with_suffix(f".{os.getpid()}")
+  try:
+    cache_folder()
+    with open(part, "wb") as file:
+      Writer(file, {uop: name for name, uop in buffers(tensors).items()}).dump(jit)
+    os.replace(part, path)
+    for old in sorted(CACHE.glob("*.program"), key=lambda f: f.stat().st_mtime)[:-KEPT]:
+      old.unlink()
+  except OSError:  # read-only or full: the next process compiles again
+    with contextlib.suppress(OSError):
+      part.unlink(missing_ok=True)
