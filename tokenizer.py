@@ -27,7 +27,8 @@ class Tokenizer:
 
   def __init__(self, path):
     try:
-      self.model = sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes())
+      data = Path(path).read_bytes() or b"nothing"  # of an empty file SentencePiece would complain for pages
+      self.model = sentencepiece.SentencePieceProcessor(model_proto=data)
     except (OSError, RuntimeError) as e:
       why = getattr(e, "strerror", None) or "not a SentencePiece model"
       raise Fault(f"{path}: {why}; download tokenizer.model again") from None

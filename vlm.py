@@ -6,9 +6,10 @@
     prefix --- Gemma, every token sees every other --> KV cache, logits (B, V) of the answer's first token
     token ---- Gemma, sees everything so far --------> KV cache, logits (B, V) of the next token, and again
 
-Letters in shape comments: B batch, S image side, P image tokens (patches), T text tokens, C context (slots of
-the KV cache), H heads, K key/value heads, d head size, D width, V vocabulary, v SigLIP's. A Linear weight is
-(out, in), as in the files. Papers: PaliGemma arxiv.org/abs/2407.07726, PaliGemma 2 arxiv.org/abs/2412.03555.
+Letters: B batch, S image side, P image tokens (patches), T text tokens, C context (slots of the KV cache),
+H heads, K key/value heads, d head size, D width, V vocabulary; v SigLIP's. A Linear weight is (out, in), as
+in the files. Sections 1 to 5 are the model, 6 to 12 what it takes to use it.
+Papers: PaliGemma arxiv.org/abs/2407.07726, PaliGemma 2 arxiv.org/abs/2412.03555.
 """
 import argparse
 import functools
@@ -36,7 +37,7 @@ from tinygrad.nn.state import get_state_dict
 from tokenizer import Fault, Tokenizer, parse_boxes
 
 # ---- 1. Config ----
-# The sizes of a model, under the names of config.json, with the values of keys that published files leave out.
+# The sizes of a model under the names of config.json, with the values of keys that published files leave out.
 @dataclass(frozen=True)
 class VisionConfig:
   hidden_size: int                     # Dv
@@ -46,7 +47,6 @@ class VisionConfig:
   image_size: int = 224                # S, in pixels
   patch_size: int = 14                 # in pixels
   layer_norm_eps: float = 1e-6
-  hidden_act: str = "gelu_pytorch_tanh"
   @property
   def patches(self):                   # P
     return (self.image_size // self.patch_size) ** 2
@@ -67,11 +67,8 @@ class TextConfig:
   query_pre_attn_scalar: float = 256.0
   attn_logit_softcapping: float = 0.0  # 0: none, as in Gemma 1
   final_logit_softcapping: float = 0.0
-  hidden_activation: str = "gelu_pytorch_tanh"
-  rope_type: str = "default"
-  rope_scaling: str = ""
-  gemma2: bool = False
   sliding: tuple = ()                  # of each layer, whether it sees no farther than the window
+  gemma2: bool = False
 
 @dataclass(frozen=True)
 class Config:
@@ -80,7 +77,239 @@ class Config:
   eos: tuple = (1,)                    # ids that end an answer
   note: str = ""                       # what the checkpoints of this repository say of themselves
 
-# ---- 2. Pixels ----
+# ---- 2. Operations ----
+# In plain tinygrad: right on every device, and what kernels are tested against. Where examples/fast.py lies
+# beside this file, its kernels of the same names and arguments are used.
+ROOT = Path(__file__).resolve().parent
+
+def beside(name):
+  """The module examples/<name>.py by its place, since a user may have another examples/; None without it."""
+  package = sys.modules.setdefault("vlm_examples", types.ModuleType("vlm_examples"))  # they import each other
+  package.__path__ = [str(ROOT / "examples")]
+  there = (ROOT / "examples" / f"{name}.py").exists()
+  return importlib.import_module(f"vlm_examples.{name}") if there else None
+
+kernels, terminal = beside("fast"), beside("terminal")
+
+def fast(plain):
+  """An operation that is the kernel of its name where there is one, and where that does not answer None."""
+  own = getattr(kernels, plain.__name__, None)
+  @functools.wraps(plain)
+  def call(*args, **options):
+    out = own(*args, **options) if own else None
+    return plain(*args, **options) if out is None else out
+  return call
+
+def to_float32(t):
+  """Any weight -> float32. uint16 holds the bits of bfloat16, which are the upper half of a float32."""
+  return (t.cast(dtypes.uint32) << 16).bitcast(dtypes.float32) if t.dtype == dtypes.uint16 else t.float()
+
+@fast
+def matmul(a, b, transposed=True):
+  """a @ b.T, as in a Linear, or a @ b. Leading dimensions of b are a batch; without, those of a are rows."""
+  b = to_float32(b)
+  return a @ (b.transpose(-1, -2) if transposed else b)
+
+@fast
+def rows(weight, ids):
+  return to_float32(weight[ids])  # (V, D) at (B, T) -> (B, T, D)
+@fast
+def layer_norm(x, weight, bias, eps):
+  return x.layernorm(eps=eps) * to_float32(weight) + to_float32(bias)
+@fast
+def rms_norm(x, weight, eps):
+  # LayerNorm without the mean, which brings little for its time (arxiv.org/abs/1910.07467). 1 + weight: Gemma
+  # stores the distance from one, so that a weight of zero changes nothing.
+  return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * (1 + to_float32(weight))
+@fast
+def softmax(x, scale):
+  """softmax(x * scale) of the last dimension. In float32: bfloat16 moves the likeliest token."""
+  # contiguous: fused into what follows, every exponential would be computed again for each of its terms
+  weights = ((x - x.max(-1, keepdim=True).detach()) * scale).exp().contiguous()
+  return weights / weights.sum(-1, keepdim=True)
+@fast
+def soft_cap(x, cap, scale=1.0):
+  """cap * tanh(x * scale / cap): nearly x * scale, never beyond cap. Keeps Gemma 2's training stable."""
+  return ((x * (scale / cap)).tanh() * cap).contiguous()
+@fast
+def gelu(x, times=None):
+  """GELU in the form with tanh, times another tensor of its shape: a gated unit, arxiv.org/abs/2002.05202."""
+  return (x.gelu() if times is None else x.gelu() * times).contiguous()
+
+CHUNK = 512  # queries at a time, or memory would grow with the square of the picture: gigabytes at 896 pixels
+
+@fast
+def attention(q, k, v, scale, mask=None, softcap=0.0):
+  """q (B, H, T, d), k, v (B, K, C, d), mask (B, 1, 1, T or 1, C), True where a query may look -> (B, T, Hd).
+  Query head h reads key/value head h // (H / K). Fewer of these make the cache smaller: with one for eight
+  PaliGemma keeps 37 kB a token, not 295 (arxiv.org/abs/2305.13245)."""
+  B, H, T, d = q.shape
+  K, C = k.shape[1:3]
+  if T > CHUNK:
+    parts = []
+    for i in range(0, T, CHUNK):
+      seen = None if mask is None else mask.expand(B, 1, 1, T, C)[:, :, :, i:i + CHUNK]
+      parts.append(attention(q[:, :, i:i + CHUNK], k, v, scale, seen, softcap))
+    return Tensor.cat(*parts, dim=1)
+  logits = matmul(q.reshape(B, K, H // K * T, d), k)  # (B, K, H/K T, d) x (B, K, C, d) -> (B, K, H/K T, C)
+  if softcap:  # before the mask: -inf would become -softcap
+    logits, scale = soft_cap(logits, softcap, scale), 1.0
+  if mask is not None:
+    logits = mask.expand(B, 1, H // K, T, C).reshape(B, 1, H // K * T, C).where(logits, -math.inf)
+  out = matmul(softmax(logits, scale), v, transposed=False)  # (B, K, H/K T, C) x (B, K, C, d) -> (.., d)
+  return out.reshape(B, H, T, d).transpose(1, 2).reshape(B, T, H * d)
+
+# ---- 3. Layers ----
+class Linear:
+  def __init__(self, inputs, outputs, bias=False):
+    self.weight, self.bias = Tensor.empty(outputs, inputs), Tensor.empty(outputs) if bias else None
+  def __call__(self, x):
+    x = matmul(x, self.weight)
+    return x if self.bias is None else x + to_float32(self.bias)
+class Embedding:
+  def __init__(self, rows, width):
+    self.weight = Tensor.empty(rows, width)
+  def __call__(self, ids):
+    return rows(self.weight, ids)
+class LayerNorm:
+  def __init__(self, width, eps):
+    self.weight, self.bias, self.eps = Tensor.empty(width), Tensor.empty(width), eps
+  def __call__(self, x):
+    return layer_norm(x, self.weight, self.bias, self.eps)
+class RMSNorm:
+  def __init__(self, width, eps):
+    self.weight, self.eps = Tensor.empty(width), eps
+  def __call__(self, x):
+    return rms_norm(x, self.weight, self.eps)
+
+# ---- 4. SigLIP: patches to features ----
+# A vision transformer, trained with texts: whether a picture belongs to a text is yes or no for each pair of
+# a batch, a sigmoid, where CLIP has a softmax over all (arxiv.org/abs/2303.15343).
+class Attention:
+  def __init__(self, width, heads):
+    self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(width, width, bias=True) for _ in range(4))
+    self.heads = heads
+  def __call__(self, x):
+    B, P, D = x.shape
+    projections = self.q_proj, self.k_proj, self.v_proj
+    q, k, v = (f(x).reshape(B, P, self.heads, -1).transpose(1, 2) for f in projections)  # (B, Hv, P, dv) each
+    return self.out_proj(attention(q, k, v, (D // self.heads) ** -0.5))  # (B, P, Dv)
+
+class MLP:
+  def __init__(self, width, hidden):
+    self.fc1, self.fc2 = Linear(width, hidden, bias=True), Linear(hidden, width, bias=True)
+  def __call__(self, x):
+    return self.fc2(gelu(self.fc1(x)))
+
+class EncoderLayer:
+  def __init__(self, c):
+    self.layer_norm1, self.layer_norm2 = (LayerNorm(c.hidden_size, c.layer_norm_eps) for _ in range(2))
+    self.self_attn = Attention(c.hidden_size, c.num_attention_heads)
+    self.mlp = MLP(c.hidden_size, c.intermediate_size)
+  def __call__(self, x):
+    x = x + self.self_attn(self.layer_norm1(x))
+    return (x + self.mlp(self.layer_norm2(x))).contiguous()
+
+class SigLIP:
+  """SimpleNamespace stands for levels of the checkpoint's names that compute nothing."""
+  def __init__(self, c):
+    # The file's convolution has stride = kernel = patch size, so it is a matmul: `assemble` flattens it.
+    patches = Linear(3 * c.patch_size ** 2, c.hidden_size, bias=True)
+    places = Embedding(c.patches, c.hidden_size)  # learnt: attention itself does not know where a patch is
+    self.embeddings = SimpleNamespace(patch_embedding=patches, position_embedding=places)
+    self.encoder = SimpleNamespace(layers=[EncoderLayer(c) for _ in range(c.num_hidden_layers)])
+    self.post_layernorm, self.patch = LayerNorm(c.hidden_size, c.layer_norm_eps), c.patch_size
+  def __call__(self, pixels):
+    """(B, 3, S, S) -> (B, P, Dv). PaliGemma uses every patch: no class token, no pooling head."""
+    B, _, S, _ = pixels.shape
+    p, g = self.patch, S // self.patch  # pixels of a patch's side, patches of the image's side
+    x = pixels[:, :, :g * p, :g * p].reshape(B, 3, g, p, g, p).permute(0, 2, 4, 1, 3, 5)  # (B, g, g, 3, p, p)
+    x = self.embeddings.patch_embedding(x.reshape(B, g * g, 3 * p * p))  # (B, P, Dv)
+    x = x + to_float32(self.embeddings.position_embedding.weight)
+    for layer in self.encoder.layers:
+      x = layer(x)
+    return self.post_layernorm(x)
+
+# ---- 5. Gemma: positions, attention, blocks ----
+def rope_table(c, positions):
+  """(.., T) positions -> cos and sin, each (.., T, d / 2), float32 as transformers computes them."""
+  frequency = np.float32(c.rope_theta) ** (-np.arange(0, c.head_dim, 2, dtype=np.float32) / c.head_dim)
+  angle = positions[..., None].astype(np.float32) * frequency
+  return np.cos(angle), np.sin(angle)
+
+def rope(x, cos, sin):
+  """Turn each pair (i, i + d/2) of x (B, H, T, d) by its position's angle: the product of a query and a key
+  then depends on their distance only (arxiv.org/abs/2104.09864). Half-split, not interleaved pairs."""
+  a, b = x.chunk(2, dim=-1)
+  return (a * cos - b * sin).cat(b * cos + a * sin, dim=-1)
+
+class GemmaAttention:
+  def __init__(self, c, layer):
+    q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    self.q_proj, self.o_proj = Linear(c.hidden_size, q), Linear(q, c.hidden_size)
+    self.k_proj, self.v_proj = Linear(c.hidden_size, kv), Linear(c.hidden_size, kv)
+    self.config, self.layer = c, layer
+  def __call__(self, x, cos, sin, masks, write):
+    c, (B, T, _) = self.config, x.shape
+    projections = self.q_proj, self.k_proj, self.v_proj
+    q, k, v = (f(x).reshape(B, T, -1, c.head_dim).transpose(1, 2) for f in projections)
+    k, v = write(self.layer, rope(k, cos, sin), v)  # (B, K, T, d) new -> (B, K, C, d) all
+    scale = (c.query_pre_attn_scalar if c.gemma2 else c.head_dim) ** -0.5
+    out = attention(rope(q, cos, sin), k, v, scale, masks[c.sliding[self.layer]], c.attn_logit_softcapping)
+    return self.o_proj(out)
+
+class GemmaMLP:
+  def __init__(self, width, hidden):
+    self.gate_proj, self.up_proj = Linear(width, hidden), Linear(width, hidden)
+    self.down_proj = Linear(hidden, width)
+  def __call__(self, x):
+    return self.down_proj(gelu(self.gate_proj(x), self.up_proj(x)))
+
+class Block:
+  """Gemma 2 differs from Gemma in four things (arxiv.org/abs/2408.00118): each half of a block is normalised
+  on its way out, too; soft-caps on attention and final logits; a query scale of its own; sliding windows in
+  some layers, which make long texts cheaper."""
+  def __init__(self, c, layer):
+    self.self_attn, self.mlp = GemmaAttention(c, layer), GemmaMLP(c.hidden_size, c.intermediate_size)
+    halves = ["input_layernorm", "post_attention_layernorm"]
+    for name in halves + ["pre_feedforward_layernorm", "post_feedforward_layernorm"] * c.gemma2:
+      setattr(self, name, RMSNorm(c.hidden_size, c.rms_norm_eps))
+    self.gemma2 = c.gemma2
+  def __call__(self, x, *attention_inputs):
+    h = self.self_attn(self.input_layernorm(x), *attention_inputs)
+    if self.gemma2:  # post_attention_layernorm: here it is applied to the output of the attention ...
+      x = x + self.post_attention_layernorm(h)
+      return (x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))).contiguous()
+    x = x + h  # ... and in Gemma 1 to the input of the MLP
+    return (x + self.mlp(self.post_attention_layernorm(x))).contiguous()
+
+class Gemma:
+  def __init__(self, c):
+    self.embed_tokens = Embedding(c.vocab_size, c.hidden_size)
+    self.layers = [Block(c, i) for i in range(c.num_hidden_layers)]
+    self.norm, self.config = RMSNorm(c.hidden_size, c.rms_norm_eps), c
+  def embed(self, ids):
+    """(B, T) -> (B, T, D), times sqrt(D), which the projected image is not. As in transformers the factor is
+    rounded to the weights' type: sqrt(2048) = 45.2548 is 45.25 in bfloat16."""
+    return self.embed_tokens(ids) * round_to(self.config.hidden_size ** 0.5, self.embed_tokens.weight.dtype)
+  def __call__(self, x, cos, sin, masks, write):
+    """x (B, T, D), cos, sin (B or 1, 1, T, d / 2), masks (full, sliding), write: see Cache -> (B, T, D)."""
+    for layer in self.layers:
+      x = layer(x, cos, sin, masks, write)
+    return self.norm(x)
+  def logits(self, x):
+    """(B, D) -> (B, V), by the embedding matrix again: what a token means going in, it means coming out."""
+    logits, cap = matmul(x, self.embed_tokens.weight), self.config.final_logit_softcapping
+    return soft_cap(logits, cap) if cap else logits
+
+class PaliGemma:
+  """All weights. Attribute names are the checkpoint's, so a weight's path here is its name in the file."""
+  def __init__(self, c):
+    self.vision_tower, self.language_model = SigLIP(c.vision), Gemma(c.text)
+    projector = Linear(c.vision.hidden_size, c.text.hidden_size, bias=True)
+    self.multi_modal_projector = SimpleNamespace(linear=projector)
+
+# ---- 6. Pixels ----
 MAX_PIXELS = 100_000_000
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit only warns, on lines of its own; open_image refuses
 
@@ -91,8 +320,7 @@ def open_image(source):
     image = source if isinstance(source, Image.Image) else Image.open(source)
     if image.width * image.height > MAX_PIXELS:  # before decoding: a few kB can unpack to gigabytes
       raise ValueError(f"more than {MAX_PIXELS} pixels; make it smaller first")
-    # exif_transpose: people mean the picture as their viewer shows it, and boxes are drawn on that
-    image = ImageOps.exif_transpose(image)
+    image = ImageOps.exif_transpose(image)  # the picture as its viewer shows it: boxes are drawn on that
     if "A" in image.getbands() or "transparency" in image.info:  # on white, as transformers does
       image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
@@ -111,265 +339,27 @@ def to_pixels(source, side):
   image = open_image(source).resize((side, side), Image.Resampling.BICUBIC)
   return ((np.asarray(image, np.float32) / 255 - 0.5) / 0.5).transpose(2, 0, 1)[None]  # (1, 3, S, S)
 
-# ---- 3. Operations ----
-# What the layers are made of, in plain tinygrad: right on every device, and what every kernel is tested against.
-# examples/fast.py, where it lies beside this file, has kernels under the same names with the same arguments.
-def beside(name):
-  """The module examples/<name>.py next to this file, by its place: the user's own examples/ is not ours. Or None."""
-  folder = Path(__file__).resolve().with_name("examples")
-  package = sys.modules.setdefault("vlm_examples", types.ModuleType("vlm_examples"))  # they import each other
-  package.__path__ = [str(folder)]
-  return importlib.import_module(f"vlm_examples.{name}") if (folder / f"{name}.py").exists() else None
-
-kernels, terminal = beside("fast"), beside("terminal")
-
-def fast(plain):
-  """An operation that uses the kernel of its name where there is one, and where it does not answer None."""
-  own = getattr(kernels, plain.__name__, None)
-  def call(*args, **options):
-    out = own(*args, **options) if own else None
-    return plain(*args, **options) if out is None else out
-  return functools.wraps(plain)(call)
-
-def to_float32(t):
-  """Any weight -> float32. uint16 holds the bits of bfloat16, which are the upper half of a float32."""
-  return (t.cast(dtypes.uint32) << 16).bitcast(dtypes.float32) if t.dtype == dtypes.uint16 else t.float()
-
-def round_to(value, dtype):
-  """A float -> the nearest value of a weight's type; of int8 weights that is float32, as their scales are."""
-  return truncate[{dtypes.uint16: dtypes.bfloat16, dtypes.int8: dtypes.float32}.get(dtype, dtype)](value)
-
-@fast
-def matmul(a, b, transposed=True):
-  """a @ b.T, as a Linear has it, or a @ b. Leading dimensions of b are a batch; if it has none, those of a are rows.
-  In float32; kernels may round a to bfloat16 where b is."""
-  b = to_float32(b)
-  return a @ (b.transpose(-1, -2) if transposed else b)
-
-@fast
-def rows(weight, ids):
-  return to_float32(weight[ids])  # (V, D) at (B, T) -> (B, T, D)
-
-@fast
-def layer_norm(x, weight, bias, eps):
-  return x.layernorm(eps=eps) * to_float32(weight) + to_float32(bias)
-
-@fast
-def rms_norm(x, weight, eps):
-  # Without LayerNorm's mean, which costs time and brings nothing (arxiv.org/abs/1910.07467). 1 + weight: Gemma
-  # stores the distance from one, so that a weight of zero changes nothing.
-  return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * (1 + to_float32(weight))
-
-@fast
-def softmax(x, scale):
-  """softmax(x * scale) of the last dimension. In float32: bfloat16 moves the likeliest token."""
-  # contiguous: fused into what follows, every exponential would be computed again for each of its terms
-  weights = ((x - x.max(-1, keepdim=True).detach()) * scale).exp().contiguous()
-  return weights / weights.sum(-1, keepdim=True)
-
-@fast
-def soft_cap(x, cap, scale=1.0):
-  """cap * tanh(x * scale / cap): nearly x * scale, never beyond cap. Keeps Gemma 2's training stable."""
-  return ((x * (scale / cap)).tanh() * cap).contiguous()
-
-@fast
-def gelu(x, times=None):
-  """GELU in the form with tanh, times another tensor of its shape: together a gated unit, arxiv.org/abs/2002.05202."""
-  return (x.gelu() if times is None else x.gelu() * times).contiguous()
-
-CHUNK = 512  # queries at a time, or memory would grow with the square of the picture: 134 MB of logits at 896 pixels
-
-@fast
-def attention(q, k, v, scale, mask=None, softcap=0.0):
-  """q (B, H, T, d), k and v (B, K, C, d), mask (B, 1, 1, T or 1, C), True where a query may look -> (B, T, H * d).
-  Query head h reads key/value head h // (H / K): fewer of these make a smaller cache (arxiv.org/abs/2305.13245),
-  18 kB a token in bfloat16 instead of 147 for PaliGemma's 18 layers of 1 instead of 8."""
-  B, H, T, d = q.shape
-  K, C = k.shape[1:3]
-  mask = None if mask is None else mask.expand(B, 1, H // K, T, C)
-  if T > CHUNK:
-    chunks = [slice(i, i + CHUNK) for i in range(0, T, CHUNK)]
-    masks = [None if mask is None else mask[:, :, :1, chunk] for chunk in chunks]
-    return Tensor.cat(*[attention(q[:, :, chunk], k, v, scale, *rest, softcap) for chunk, *rest in zip(chunks, masks)], dim=1)
-  logits = matmul(q.reshape(B, K, H // K * T, d), k)  # (B, K, H / K * T, d) x (B, K, C, d) -> (B, K, H / K * T, C)
-  if softcap:  # before the mask: -inf would become -softcap
-    logits, scale = soft_cap(logits, softcap, scale), 1.0
-  if mask is not None:
-    logits = mask.reshape(B, 1, H // K * T, C).where(logits, -math.inf)
-  out = matmul(softmax(logits, scale), v, transposed=False)  # (B, K, H / K * T, C) x (B, K, C, d) -> (.., d)
-  return out.reshape(B, H, T, d).transpose(1, 2).reshape(B, T, H * d)
-
-# ---- 4. Layers ----
-class Linear:
-  def __init__(self, inputs, outputs, bias=False):
-    self.weight, self.bias = Tensor.empty(outputs, inputs), Tensor.empty(outputs) if bias else None
-  def __call__(self, x):
-    x = matmul(x, self.weight)
-    return x if self.bias is None else x + to_float32(self.bias)
-
-class Embedding:
-  def __init__(self, rows, width):
-    self.weight = Tensor.empty(rows, width)
-  def __call__(self, ids):
-    return rows(self.weight, ids)
-
-class LayerNorm:
-  def __init__(self, width, eps):
-    self.weight, self.bias, self.eps = Tensor.empty(width), Tensor.empty(width), eps
-  def __call__(self, x):
-    return layer_norm(x, self.weight, self.bias, self.eps)
-
-class RMSNorm:
-  def __init__(self, width, eps):
-    self.weight, self.eps = Tensor.empty(width), eps
-  def __call__(self, x):
-    return rms_norm(x, self.weight, self.eps)
-
-# ---- 5. SigLIP: patches to features ----
-# A vision transformer, trained on pictures and their texts: whether each picture of a batch belongs to each text is
-# a yes or no of its own, a sigmoid, where CLIP has one softmax for all (arxiv.org/abs/2303.15343).
-class Attention:
-  def __init__(self, width, heads):
-    self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(width, width, bias=True) for _ in range(4))
-    self.heads = heads
-  def __call__(self, x):
-    B, P, D = x.shape
-    q, k, v = (f(x).reshape(B, P, self.heads, -1).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
-    return self.out_proj(attention(q, k, v, (D // self.heads) ** -0.5))  # (B, Hv, P, dv) each -> (B, P, Dv)
-
-class MLP:
-  def __init__(self, width, hidden):
-    self.fc1, self.fc2 = Linear(width, hidden, bias=True), Linear(hidden, width, bias=True)
-  def __call__(self, x):
-    return self.fc2(gelu(self.fc1(x)))
-
-class EncoderLayer:
-  def __init__(self, c):
-    self.layer_norm1, self.layer_norm2 = (LayerNorm(c.hidden_size, c.layer_norm_eps) for _ in range(2))
-    self.self_attn, self.mlp = Attention(c.hidden_size, c.num_attention_heads), MLP(c.hidden_size, c.intermediate_size)
-  def __call__(self, x):
-    x = x + self.self_attn(self.layer_norm1(x))
-    return (x + self.mlp(self.layer_norm2(x))).contiguous()
-
-class SigLIP:
-  """SimpleNamespace stands for the levels of the checkpoint's names that do nothing."""
-  def __init__(self, c):
-    # The checkpoint's convolution has stride = kernel = patch size: one matmul a patch. `load` flattens its kernel.
-    patches = Linear(3 * c.patch_size ** 2, c.hidden_size, bias=True)
-    places = Embedding(c.patches, c.hidden_size)  # learnt: attention itself does not know where a patch is
-    self.embeddings = SimpleNamespace(patch_embedding=patches, position_embedding=places)
-    self.encoder = SimpleNamespace(layers=[EncoderLayer(c) for _ in range(c.num_hidden_layers)])
-    self.post_layernorm, self.patch = LayerNorm(c.hidden_size, c.layer_norm_eps), c.patch_size
-  def __call__(self, pixels):
-    """(B, 3, S, S) -> (B, P, Dv). PaliGemma uses every patch: no class token, no pooling head."""
-    B, _, S, _ = pixels.shape
-    p, g = self.patch, S // self.patch  # pixels of a patch's side, patches of the image's side
-    x = pixels[:, :, :g * p, :g * p].reshape(B, 3, g, p, g, p).permute(0, 2, 4, 1, 3, 5)  # (B, g, g, 3, p, p)
-    x = self.embeddings.patch_embedding(x.reshape(B, g * g, 3 * p * p))  # (B, P, Dv)
-    x = x + to_float32(self.embeddings.position_embedding.weight)
-    for layer in self.encoder.layers:
-      x = layer(x)
-    return self.post_layernorm(x)
-
-# ---- 6. Gemma: positions, attention, blocks ----
-def rope_table(c, positions):
-  """(.., T) positions -> cos and sin, each (.., T, d / 2), float32 as transformers computes them."""
-  frequency = np.float32(c.rope_theta) ** (-np.arange(0, c.head_dim, 2, dtype=np.float32) / c.head_dim)
-  angle = positions[..., None].astype(np.float32) * frequency
-  return np.cos(angle), np.sin(angle)
-
-def rope(x, cos, sin):
-  """Turn each pair (i, i + d/2) of x (B, H, T, d) by its position's angle: the product of a turned query and a turned
-  key depends on the distance of their positions only (arxiv.org/abs/2104.09864). Half-split, not interleaved pairs."""
-  a, b = x.chunk(2, dim=-1)
-  return (a * cos - b * sin).cat(b * cos + a * sin, dim=-1)
-
-class GemmaAttention:
-  def __init__(self, c, layer):
-    q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    self.q_proj, self.o_proj = Linear(c.hidden_size, q), Linear(q, c.hidden_size)
-    self.k_proj, self.v_proj = Linear(c.hidden_size, kv), Linear(c.hidden_size, kv)
-    self.config, self.layer = c, layer
-  def __call__(self, x, cos, sin, masks, write):
-    c, (B, T, _) = self.config, x.shape
-    q, k, v = (f(x).reshape(B, T, -1, c.head_dim).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
-    k, v = write(self.layer, rope(k, cos, sin), v)  # (B, K, T, d) new -> (B, K, C, d) all
-    mask, scale = masks[c.sliding[self.layer]], c.query_pre_attn_scalar ** -0.5
-    return self.o_proj(attention(rope(q, cos, sin), k, v, scale, mask, c.attn_logit_softcapping))
-
-class GemmaMLP:
-  def __init__(self, width, hidden):
-    self.gate_proj, self.up_proj, self.down_proj = Linear(width, hidden), Linear(width, hidden), Linear(hidden, width)
-  def __call__(self, x):
-    return self.down_proj(gelu(self.gate_proj(x), self.up_proj(x)))
-
-class Block:
-  """Gemma 2 differs from Gemma in four things (arxiv.org/abs/2408.00118): each half of a block is also normalised on
-  its way out, soft-caps on attention and final logits, a query scale of its own, and sliding windows in some layers,
-  which save memory and time in long texts."""
-  def __init__(self, c, layer):
-    self.input_layernorm, self.post_attention_layernorm = (RMSNorm(c.hidden_size, c.rms_norm_eps) for _ in range(2))
-    self.self_attn, self.mlp = GemmaAttention(c, layer), GemmaMLP(c.hidden_size, c.intermediate_size)
-    if c.gemma2:
-      self.pre_feedforward_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-      self.post_feedforward_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-    self.gemma2 = c.gemma2
-  def __call__(self, x, *attention_inputs):
-    h = self.self_attn(self.input_layernorm(x), *attention_inputs)
-    if self.gemma2:  # post_attention_layernorm: here it is applied to the output of the attention ...
-      x = x + self.post_attention_layernorm(h)
-      return (x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))).contiguous()
-    x = x + h
-    return (x + self.mlp(self.post_attention_layernorm(x))).contiguous()  # ... and in Gemma 1 to the MLP's input
-
-class Gemma:
-  def __init__(self, c):
-    self.embed_tokens, self.norm = Embedding(c.vocab_size, c.hidden_size), RMSNorm(c.hidden_size, c.rms_norm_eps)
-    self.layers, self.config = [Block(c, i) for i in range(c.num_hidden_layers)], c
-  def embed(self, ids):
-    """(B, T) -> (B, T, D), times sqrt(D), which the projected image is not. As in transformers the factor is rounded
-    to the weights' type: sqrt(2048) = 45.2548 is 45.25 in bfloat16."""
-    return self.embed_tokens(ids) * round_to(self.config.hidden_size ** 0.5, self.embed_tokens.weight.dtype)
-  def __call__(self, x, cos, sin, masks, write):
-    """x (B, T, D), cos and sin (B or 1, 1, T, d / 2), masks (full, sliding), write: see Cache -> (B, T, D)."""
-    for layer in self.layers:
-      x = layer(x, cos, sin, masks, write)
-    return self.norm(x)
-  def logits(self, x):
-    """(B, D) -> (B, V), by the embedding matrix again: what a token means going in, it means coming out."""
-    logits, cap = matmul(x, self.embed_tokens.weight), self.config.final_logit_softcapping
-    return soft_cap(logits, cap) if cap else logits
-
-class PaliGemma:
-  """All weights. Attribute names are the checkpoint's, so a weight's path here is its name in the file."""
-  def __init__(self, c):
-    self.vision_tower, self.language_model = SigLIP(c.vision), Gemma(c.text)
-    self.multi_modal_projector = SimpleNamespace(linear=Linear(c.vision.hidden_size, c.text.hidden_size, bias=True))
-
 # ---- 7. KV cache ----
-# No token sees a later one, so keys and values never change once they are there: kept, they make each further token
-# cost one column of work instead of the whole sequence.
+# No token sees a later one, so its keys and values never change: kept, they make the next token cost the work
+# of one, not of the whole sequence.
 NOWHERE = -10 ** 9  # the position of a slot that nobody may look at
 
 def layout(lengths, image_tokens, T, C):
   """Prompt lengths (B,) -> the position of each cache slot, (B, C) int32, NOWHERE for padding. A row is
-  [image][padding][prompt][answer]: prompts of different lengths share one program, each row's last prompt token is
-  the last of the prefill, and slot = position for all text. The image moves up by the padding instead: RoPE only
-  sees distances, and those stay as if there were no padding."""
+  [image][padding][prompt][answer], so that prompts of all lengths share one program and end at the same slot,
+  which is the position of all text. The image moves up by the padding: RoPE sees distances only."""
   slots, pad = np.arange(C)[None], T - np.array(lengths)[:, None]
   image, padding = slots < image_tokens, (slots >= image_tokens) & (slots < image_tokens + pad)
   return np.where(image, slots + pad, np.where(padding, NOWHERE, slots)).astype(np.int32)
 
 class Cache:
-  """A static KV cache: k and v (B, K, C, d) for each layer. Never grows, so one compiled step serves every token."""
+  """k and v (B, K, C, d) for each layer. It never grows, so that one compiled step serves every token."""
   def __init__(self, c, B, C, device, place):
     empty = np.zeros((B, c.num_key_value_heads, C, c.head_dim), np.float32)
-    self.k, self.v = ([place("cache", empty, device) for _ in range(c.num_hidden_layers)] for _ in "kv")
+    self.k, self.v = ([place(empty, device) for _ in range(c.num_hidden_layers)] for _ in "kv")
     self.rope = [upload(t, device) for t in rope_table(c, np.arange(C))]
-    self.token = upload(np.zeros(B, np.int32), device)  # the last one of each row
-
   def write(self, start, seen, layer, k, v):
-    """New k and v (B, K, T, d) of a layer into its slots from `start` -> the first `seen` slots of all its k and v."""
+    """New k and v (B, K, T, d) of a layer into its slots from `start` -> the first `seen` of its k and v."""
     both = []
     for cache, new in ((self.k[layer], k), (self.v[layer], v)):
       store = cache[:, :, start:start + new.shape[2]].uop.store(new.uop)
@@ -377,24 +367,25 @@ class Cache:
     return both
 
 # ---- 8. Sampling ----
+OPTIONS = {"max_tokens": (1, 1 << 20, "longest answer (default: %(default)s)"),
+           "temperature": (0, 1e6, "0: always the likeliest token (default)"),
+           "top_k": (0, 1 << 20, "sample from the N likeliest tokens"),
+           "top_p": (1e-12, 1, "sample from the likeliest tokens, of mass N together"),
+           "seed": (0, 1 << 64, "repeat a sample")}
+
 @dataclass(frozen=True)
 class Sampling:
   """How the tokens of an answer are chosen. Raises Fault."""
-  max_tokens: int = 256      # room for several boxes and masks: a box is 4 tokens and its label, a mask 16 more
+  max_tokens: int = 256      # room for several boxes and masks: of 4 tokens and a label, and 16 more
   temperature: float = 0.0   # 0: greedy, always the likeliest
   top_k: int = 0             # 0: off
   top_p: float = 1.0         # nucleus sampling, arxiv.org/abs/1904.09751
-  seed: int | None = None
-
+  seed: int = None
   def __post_init__(self):
-    for name, right, rule in (("max-tokens", self.max_tokens >= 1, "at least 1"),
-                              ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more"),
-                              ("top-k", self.top_k >= 0, "0 (off) or more"),
-                              ("top-p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-                              ("seed", (self.seed or 0) >= 0, "0 or more")):
-      if not right:
-        raise Fault(f"--{name} must be {rule}")
-
+    for name, (least, most, _) in OPTIONS.items():
+      value = getattr(self, name)
+      if value is not None and not least <= value <= most:  # nor is NaN
+        raise Fault(f"--{name.replace('_', '-')} {value}: from {least} to {most}")
   def draw(self, logits, rng):
     """(V,) float32 -> token id. Temperature first, then top-k, then top-p of what is left."""
     logits = logits.astype(np.float64) / self.temperature
@@ -411,9 +402,14 @@ class Sampling:
 Answer = namedtuple("Answer", "text tokens boxes")  # boxes: of tokenizer.Box, in pixels of the picture
 
 @fast
-def capture(function, shaped_by, owned):
-  """A function of tensors -> a compiled program. shaped_by: what else its kernels depend on; owned: {name: Tensor}
-  that it reads or writes besides its inputs. By these fast.py keeps programs on disk for the next process."""
+def likeliest(logits):
+  """(B, V) -> (B,) int32, -1 where a logit is NaN."""
+  return logits.isnan().any(-1).where(-1, logits.argmax(-1)).cast(dtypes.int32)
+
+@fast
+def capture(function, *shaped_by):
+  """A function of tensors -> a compiled program. shaped_by: what it depends on besides its code and tensors,
+  so that fast.py can keep programs on disk for the next process."""
   program = TinyJit(function)
   program.cnt = 1  # capture on the first call: the usual dry run would schedule everything twice
   return program
@@ -424,67 +420,56 @@ def progress(text):
     terminal.stage(text)
 
 def next_token(gemma, x):
-  """(B, T, D) -> the likeliest token (B,) after the last one, -1 where a logit is NaN, and logits (B, V)."""
+  """(B, T, D) -> the likeliest token (B,) after the last one, and the logits (B, V)."""
   logits = gemma.logits(x[:, -1].contiguous()).contiguous()
-  # padded, so that tinygrad can split the row into parts: 257216 = 64 * 4019 would keep 64 threads of a GPU busy
-  padded = logits.pad((0, -logits.shape[-1] % 4096), value=-math.inf)
-  return padded.isnan().any(-1).where(-1, padded.argmax(-1)).cast(dtypes.int32), logits
+  return likeliest(logits), logits
 
 class VLM:
-  """A loaded model and its compiled programs, one for each shape that came up: vision, prefill and one decode step.
-  An image is a path, a file object, a PIL image or a float32 array (3, S, S) in [-1, 1]; a list of them is several
-  pictures of one question."""
+  """A loaded model and its programs, one for each shape that came up: vision, prefill and a step of decoding.
+  An image is a path, a file object, a PIL image or a float32 array (3, S, S) in [-1, 1]; several, of one
+  question, are a list."""
   def __init__(self, net, config, tokenizer, device, place):
     self.net, self.config, self.tokenizer, self.device, self.place = net, config, tokenizer, device, place
-    self.bytes = sum(t.nbytes() for t in get_state_dict(net.language_model).values())  # what a decode step reads
+    self.bytes = sum(t.nbytes() for t in get_state_dict(net.language_model).values())  # that a token reads
     self.programs, self.caches, self.features, self.timings = {}, {}, {}, {}
-
-  def _run(self, key, cache, function, *inputs):
-    # No function holds self: a garbage collection on one of tinygrad's threads would wait for itself for ever.
+  def _run(self, key, function, *inputs):
+    # No function holds self: a garbage collection on one of tinygrad's threads would wait for itself forever.
     if key not in self.programs:
       if key[0] != "decode":  # by then the answer has begun, on the line that this would clear
         progress(f"compiling {key[0]}, the first time only")
-      owned = get_state_dict(self.net) | get_state_dict(cache, "cache")
-      self.programs[key] = capture(function, (self.device, key, self.config), owned)
+      self.programs[key] = capture(function, self.device, key, self.config)
     return self.programs[key](*inputs)
-
   def vision(self, pixels):
     """float32 (1, 3, S, S) -> SigLIP's features (1, P, Dv) and the projected ones (1, P, D)."""
     net = self.net  # not self in `run`: see _run
     def run(pixels):
       features = net.vision_tower(pixels).contiguous()
       return features, net.multi_modal_projector.linear(features).contiguous()  # used as it is: no scaling
-    outputs = self._run(("vision",), None, run, upload(pixels, self.device))
-    return [upload(t.numpy(), self.device) for t in outputs]  # the next call writes into the same ones
-
+    outputs = self._run(("vision",), run, upload(pixels, self.device))
+    return [upload(t.numpy(), self.device) for t in outputs]  # the next call writes into the same tensors
   def image_features(self, image):
     """-> projected features (1, P, D), kept for the last few pictures: a second question costs no vision."""
     pixels = to_pixels(image, self.config.vision.image_size)
     key = pixels.tobytes()
     if key not in self.features:
-      if len(self.features) == 8:
-        self.features.pop(next(iter(self.features)))
-      self.features[key] = self.vision(pixels)[1]
+      self.features = dict([*self.features.items()][-7:]) | {key: self.vision(pixels)[1]}
     return self.features[key]
-
   def prefill(self, image, ids, positions):
-    """image (B, P, D), ids (B, T) right-aligned, positions (B, C) of `layout` -> next token (B,), logits (B, V)."""
-    (B, C), n, c, gemma = positions.shape, image.shape[1] + ids.shape[1], self.config.text, self.net.language_model
-    if (B, C) not in self.caches:
-      self.caches[B, C] = Cache(c, B, C, self.device, self.place)
-    write = functools.partial(self.caches[B, C].write, 0, n)
+    """image (B, P, D), ids (B, T) right-aligned, positions (B, C) -> next token (B,), logits (B, V)."""
+    (B, C), n = positions.shape, image.shape[1] + ids.shape[1]
+    c, gemma = self.config.text, self.net.language_model
+    cache = self.caches[B, C] = self.caches.get((B, C)) or Cache(c, B, C, self.device, self.place)
     def run(image, ids, cos, sin, seen):
-      # No mask but for padding: image and prompt all see each other, in Gemma 2's sliding layers too. The question is
-      # known before the answer begins, so the picture may be read in its light.
-      return next_token(gemma, gemma(image.cat(gemma.embed(ids), dim=1), cos, sin, (seen, seen), write))
+      # No mask but of padding: image and prompt all see each other, in Gemma 2's sliding layers too. Both are
+      # there before the answer begins, so the picture can be read in the light of the question.
+      x, write = image.cat(gemma.embed(ids), dim=1), functools.partial(cache.write, 0, n)
+      return next_token(gemma, gemma(x, cos, sin, (seen, seen), write))
     cos, sin = (t[:, None] for t in rope_table(c, positions[:, :n].clip(0)))  # (B, 1, n, d / 2)
     seen = positions[:, None, None, None, :n] >= 0
     inputs = [upload(t, self.device) for t in (ids.astype(np.int32), cos, sin, seen)]
-    return self._run(("prefill", B, n, C), self.caches[B, C], run, image, *inputs)
-
+    return self._run(("prefill", B, n, C), run, image, *inputs)
   def decode(self, token, slot, positions):
-    """token (B,) np.int32 for a slot, positions (B, C) a Tensor -> next token (B,), its logits (B, V). One program
-    for all slots."""
+    """token (B,) for a slot, positions (B, C) a Tensor -> next token (B,), logits (B, V). For any slot."""
     B, C = positions.shape
     cache, gemma, window = self.caches[B, C], self.net.language_model, self.config.text.sliding_window
     def run(token, slot, positions):
@@ -493,27 +478,27 @@ class VLM:
       near = seen & (positions > slot - window).reshape(B, 1, 1, 1, C)
       x, write = gemma.embed(token.reshape(B, 1)), functools.partial(cache.write, slot, C)
       return next_token(gemma, gemma(x, cos, sin, (seen, near), write))
-    refill(cache.token, np.asarray(token, np.int32))
-    return self._run(("decode", B, C), cache, run, cache.token, UOp.variable("slot", 0, C - 1).bind(slot), positions)
-
+    token, slot = upload(np.asarray(token, np.int32), self.device), UOp.variable("slot", 0, C - 1).bind(slot)
+    return self._run(("decode", B, C), run, token, slot, positions)
   def _prefix(self, images, prompts, max_tokens):
     """-> next token (B,) and logits (B, V) after the prefix, positions (B, C), the next slot."""
     prompts = [self.tokenizer.prompt(prompt) for prompt in prompts]
     images = [image if isinstance(image, (list, tuple)) else [image] for image in images]
     if {len(row) for row in images} != {len(images[0]) or 1}:
-      raise Fault("every row of a batch needs equally many pictures, and at least one; give such rows one by one")
+      raise Fault("every row of a batch needs equally many pictures, at least one; give such rows one by one")
     P, longest = self.config.vision.patches * len(images[0]), max(map(len, prompts))
     room = self.config.text.max_position_embeddings - P - max_tokens
     if longest > room:
-      raise Fault(f"the prompt does not fit: of the context {P} positions are the picture's and {max_tokens} the "
-                  f"answer's, which leaves {room} for {longest} of text; shorten it or lower --max-tokens")
-    # Prompts are padded to 8, 16, 32, ...: at most a handful of programs to compile, few wasted rows.
-    T = min(max(8, 1 << (longest - 1).bit_length()), room)
+      raise Fault(f"the prompt does not fit: it has {longest} tokens; {P} of the picture and {max_tokens} of "
+                  f"the answer leave room for {room}; shorten it or lower --max-tokens")
+    T = min(max(8, 1 << (longest - 1).bit_length()), room)  # 8, 16, 32, ...: few programs, few wasted rows
     C = P + T + max_tokens
     C += min(-C % 256, room - T)  # in steps of 256: seldom another program
     start = time.perf_counter()
     features = [self.image_features(image) for row in images for image in row]
-    image = Tensor.cat(*features).reshape(len(images), P, -1).contiguous().realize() if features[1:] else features[0]
+    image = features[0]
+    if features[1:]:
+      image = Tensor.cat(*features).reshape(len(images), P, -1).contiguous().realize()
     seen = time.perf_counter()
     ids = np.array([[0] * (T - len(prompt)) + prompt for prompt in prompts])
     positions = layout([len(prompt) for prompt in prompts], P, T, C)
@@ -521,21 +506,19 @@ class VLM:
     token = token.numpy()
     self.timings |= {"vision_s": seen - start, "prefill_s": time.perf_counter() - seen, "decode_tok_s": None}
     return token, logits, positions, P + T
-
   def logits(self, image, prompt):
     """-> np.float32 (V,): next-token logits after the prefix."""
     return self._prefix([image], [prompt], 1)[1].numpy()[0]
-
   def tokens(self, images, prompts, **options):
-    """Lists of B images and B prompts -> yields, step by step, a list of B token ids, None once a row has ended.
-    options: of Sampling."""
+    """Lists of B images and B prompts, options of Sampling -> for each step a list of B token ids, None in
+    rows that have ended."""
     sampling = Sampling(**options)
     if len(images) != len(prompts) or not prompts:
       raise Fault(f"{len(images)} images for {len(prompts)} prompts: give one for each")
     token, logits, positions, slot = self._prefix(images, prompts, sampling.max_tokens)
+    progress("")  # clears the line that the answer is about to be on
     positions = upload(positions, self.device)
-    # all alike: a row of a batch draws what it would draw alone
-    rngs = [np.random.default_rng(sampling.seed) for _ in prompts]
+    rngs = [np.random.default_rng(sampling.seed) for _ in prompts]  # alike: a row draws what it would alone
     ended, start = [False] * len(prompts), time.perf_counter()
     for step in range(sampling.max_tokens):
       if step:
@@ -550,78 +533,86 @@ class VLM:
       if all(ended):
         return
       yield [None if end else id for end, id in zip(ended, token.tolist())]
-
   def stream(self, image, prompt, **options):
-    """Yields the answer as str pieces, each as soon as it is known. options: of Sampling."""
-    return self.tokenizer.stream(row[0] for row in self.tokens([image], [prompt], **options))
-
+    """Yields the answer as str pieces, each as soon as it is known; then `answered` is the whole Answer."""
+    tokens = []
+    def ids():
+      for [token] in self.tokens([image], [prompt], **options):
+        tokens.append(token)
+        yield token
+    try:
+      yield from self.tokenizer.stream(ids())
+    finally:
+      self.answered = self.answer(image, tokens)
   def generate(self, images, prompts, **options):
-    """Lists of B images and B prompts -> list of B Answers. options: of Sampling."""
-    images = [image if isinstance(image, (np.ndarray, list, tuple)) else open_image(image) for image in images]
+    """Lists of B images and B prompts -> list of B Answers."""
     steps = list(self.tokens(images, prompts, **options))
-    return [self.answer(image, [row[i] for row in steps if row[i] is not None]) for i, image in enumerate(images)]
-
+    rows = [[step[i] for step in steps if step[i] is not None] for i in range(len(images))]
+    return [self.answer(image, row) for image, row in zip(images, rows)]
   def answer(self, image, tokens):
-    """Boxes are in pixels of the picture (of the square for an array; of the first of several pictures)."""
-    text = self.tokenizer.decode(tokens)
-    image = image[0] if isinstance(image, (list, tuple)) else image
+    """Token ids -> Answer. Boxes are in pixels of the (first) picture, or of an array's square."""
+    text, image = self.tokenizer.decode(tokens), image[0] if isinstance(image, (list, tuple)) else image
     size = image.shape[:0:-1] if isinstance(image, np.ndarray) else open_image(image).size
     return Answer(text, tokens, parse_boxes(text, *size))
 
 # ---- 10. Weights ----
-# bfloat16 has no fast arithmetic on a CPU: such weights stay the 16 bits that they are in the file, see to_float32.
-# int8 and uint8 are what examples/quantize.py makes of weights, and examples/fast.py multiplies with.
+# bfloat16 has no fast arithmetic on a CPU: such weights stay the 16 bits that they are, see to_float32. int8
+# and uint8 are what examples/quantize.py makes of weights, and examples/fast.py multiplies with.
 TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I8": np.int8, "U8": np.uint8}
+GEMMA2 = {"num_key_value_heads": 4, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+
+def round_to(value, dtype):
+  """A float -> the nearest value of a weight's type; of int8 weights that is float32, as their scales are."""
+  return truncate[{dtypes.uint16: dtypes.bfloat16, dtypes.int8: dtypes.float32}.get(dtype, dtype)](value)
+
+def read_json(path):
+  """-> the dict in a JSON file. Raises Fault."""
+  try:
+    found = json.loads(Path(path).read_text())
+  except (OSError, ValueError, RecursionError) as e:
+    raise Fault(f"{path}: {getattr(e, 'strerror', None) or 'not JSON'}; download the folder again") from None
+  return found if isinstance(found, dict) else {}
 
 def read_config(path):
   """A published config.json -> Config; what is taken from it is checked. Raises Fault."""
-  try:
-    top = json.loads(Path(path).read_text())
-  except OSError as e:
-    raise Fault(f"{path}: {e.strerror}; a model folder holds config.json, *.safetensors, tokenizer.model") from None
-  except (ValueError, RecursionError) as e:
-    raise Fault(f"{path} is not JSON ({e}); download it again") from None
-
   def check(right, key, value):
     if not right:
       raise Fault(f"{path}: {key} {value!r} is not understood; is it a PaliGemma config?")
   def part(whole, key):
     return whole[key] if isinstance(whole.get(key), dict) else {}
   def sizes(kind, found, **more):
-    """The dataclass of that kind, whose fields are keys of this part of the file. null stands for the default."""
+    """The dataclass of that kind, whose fields are keys of this part of the file; null is the default."""
     for f in fields(kind):
       value = f.default if found.get(f.name) is None else found[f.name]
-      if f.type is str:  # there is more than one way, and this file knows one
-        check(value == f.default, f.name, value)
-      elif f.type is not tuple and value != f.default:  # bool is another type, and NaN no such number
-        check(type(value) in (int, f.type) and 0 < value < 1e7, f.name, value)
+      if f.type in (int, float):  # bool is another type, and NaN no such number
+        most = 1000 if f.name == "num_hidden_layers" else 10 ** 7
+        sized = type(value) in (int, f.type) and (value == f.default or 0 < value <= most)
+        check(sized, f.name, found.get(f.name))
       more.setdefault(f.name, f.type(value))
     return kind(**more)
 
-  top = part({"": top}, "")
+  top = read_json(path)
   vision, text = part(top, "vision_config"), part(top, "text_config")
-  check(top.get("model_type") == "paligemma", "model_type", top.get("model_type"))
-  check(text.get("model_type", "gemma") in ("gemma", "gemma2"), "text_config's model_type", text.get("model_type"))
-  gemma2 = text.get("model_type") == "gemma2"
+  rope, gemma2 = part(text, "rope_parameters"), text.get("model_type") == "gemma2"
+  gelu = "gelu_pytorch_tanh", None
+  for whole, key, known in ((top, "model_type", ["paligemma"]),
+                            (text, "model_type", ["gemma", "gemma2", None]),
+                            (text, "hidden_activation", gelu), (vision, "hidden_act", gelu),
+                            (rope, "rope_type", ["default", None]), (text, "rope_scaling", [None])):
+    check(whole.get(key) in known, key, whole.get(key))
   if gemma2:
-    text = {"num_key_value_heads": 4, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0} | text
-  else:
-    text |= {"attn_logit_softcapping": None, "final_logit_softcapping": None}
-    text["query_pre_attn_scalar"] = text.get("head_dim")
-  v, t = sizes(VisionConfig, vision), sizes(TextConfig, text | part(text, "rope_parameters"), gemma2=gemma2)
-  kinds = text.get("layer_types") or [("sliding_attention", "full_attention")[i % 2] for i in range(t.num_hidden_layers)]
+    text = GEMMA2 | {key: 0.0 if key in GEMMA2 and value is None else value for key, value in text.items()}
+  v, t = sizes(VisionConfig, vision), sizes(TextConfig, text | rope, gemma2=gemma2)
+  count = t.num_hidden_layers
+  layers = text.get("layer_types") or (["sliding_attention", "full_attention"] * count)[:count]
+  check(isinstance(layers, list) and len(layers) == count, "layer_types", layers)
+  sliding = tuple(gemma2 and layer == "sliding_attention" for layer in layers)
   eos = top.get("eos_token_id") or text.get("eos_token_id") or 1
   eos = eos if isinstance(eos, list) else [eos]
-  check(len(kinds) == t.num_hidden_layers < 1000 > v.num_hidden_layers, "num_hidden_layers", t.num_hidden_layers)
-  check(v.hidden_size % v.num_attention_heads == 0 < v.patches, "vision_config", vision)
-  check(t.num_attention_heads % t.num_key_value_heads == t.head_dim % 2 == 0, "text_config", text)
-  check({type(id) for id in eos} == {int}, "eos_token_id", eos)
-  t = replace(t, sliding=tuple(gemma2 and kind == "sliding_attention" for kind in kinds))
-  return Config(v, t, tuple(eos), str(top.get("note", "")))
-
-def some(names, most=3):
-  """A list of names as text; of a long one its beginning."""
-  return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
+  check(v.hidden_size % v.num_attention_heads == 0, "num_attention_heads", v.num_attention_heads)
+  check(t.num_attention_heads % t.num_key_value_heads == 0, "num_key_value_heads", t.num_key_value_heads)
+  check(all(type(id) is int for id in eos), "eos_token_id", eos)
+  return Config(v, replace(t, sliding=sliding), tuple(eos), str(top.get("note", "")))
 
 def canonical(name):
   """The name of a tensor in any of the published layouts -> its path in PaliGemma."""
@@ -637,8 +628,6 @@ def read_tensors(path):
       data = np.memmap(path, np.uint8, "c")
     start = 8 + int(data[:8].view(np.uint64)[0])
     header = json.loads(bytes(data[8:start]))
-  except FileNotFoundError:
-    raise Fault(f"{path}: no such file; download the whole repository") from None
   except (SafetensorError, OSError, ValueError) as e:
     raise Fault(f"{path}: not a complete safetensors file ({e}); download it again") from None
   tensors, data = {}, np.asarray(data)[start:]
@@ -652,68 +641,51 @@ def read_tensors(path):
 def read_weights(folder):
   """-> {path in PaliGemma: array} of the files that the index names, or else of all. Raises Fault."""
   index, arrays = folder / "model.safetensors.index.json", {}
-  try:
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    if wrong := [name for name in names if Path(name).name != name]:
-      raise Fault(f"{index} names {wrong[0]!r}, which is not in the folder; download it again")
-  except FileNotFoundError:
-    names = sorted(f.name for f in folder.glob("*.safetensors")) or ["model.safetensors"]
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-    raise Fault(f"{index} is not a safetensors index ({e!r}); download it again") from None
-  for file in names:
+  names = {file.name for file in folder.glob("*.safetensors")} or {"model.safetensors"}
+  if index.exists():
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict):
+      raise Fault(f"{index} is not an index of safetensors; download it again")
+    names = {Path(str(file)).name for file in files.values()}  # nothing outside of the folder is read
+  for file in sorted(names):
     for name, array in read_tensors(folder / file).items():
       if canonical(name) in arrays:
         raise Fault(f"{folder / file}: {name} is there twice")
       arrays[canonical(name)] = array
   embedding, head = "language_model.embed_tokens.weight", arrays.pop("language_model.lm_head.weight", None)
   head = arrays.pop("lm_head.weight", head)
-  if head is not None:  # the head is the embedding matrix; some files hold it twice, some only under this name
-    if not np.array_equal(arrays.setdefault(embedding, head), head):
-      raise Fault(f"{folder}: lm_head differs from embed_tokens, but PaliGemma ties them; this is another model")
+  # The head is the embedding matrix; some files hold it twice, some only under this name.
+  if head is not None and not np.array_equal(arrays.setdefault(embedding, head), head):
+    raise Fault(f"{folder}: lm_head is not embed_tokens, but PaliGemma ties them; this is another model")
   return arrays
 
 def check_names(expected, found):
-  """Both {name: shape}. A missing tensor would stay random, an extra one means another model: neither may pass."""
-  shaped = [f"{n} {found[n]}, not {shape}" for n, shape in expected.items() if found.get(n, shape) != shape]
-  for what, names in (("are missing", [n for n in expected if n not in found]), ("have another shape", shaped),
-                      ("are not part of the model", [n for n in found if n not in expected])):
-    if names:
-      raise Fault(f"the weights do not fit config.json: {some(names)} {what}")
+  """Both {name: shape}. A missing tensor would stay random, an extra one means another model."""
+  wrong = [f"{name} is {found.get(name, 'missing')}, should be {expected.get(name, 'absent')}"
+           for name in expected | found if found.get(name) != expected.get(name)]
+  if wrong:
+    raise Fault(f"the weights do not fit config.json, {len(wrong)} times: {', '.join(wrong[:3])}")
 
 @fast
-def upload(array, device):
+def upload(array, device, name=None):
+  """An array -> a Tensor. name: of a weight, whose array stays, so that fast.py may use its memory."""
   return Tensor(array, device=device).realize()
 
-@fast
-def refill(tensor, array):
-  return tensor.assign(Tensor(array, device=tensor.device)).realize()
-
-@fast
-def to_tensor(name, array, device):
-  """A weight on the device. fast.py maps the file on a CPU; examples/shard.py splits it over several devices."""
-  return upload(array, device)
-
 def assemble(config, arrays, device, place):
-  """{path in PaliGemma: array}, as files have them, quantised or not -> PaliGemma on the device. Raises Fault."""
-  net = PaliGemma(config)
-  weights, arrays = get_state_dict(net), dict(arrays)
+  """{path in PaliGemma: array}, as files have them -> PaliGemma on the device. Raises Fault."""
+  net, side = PaliGemma(config), config.vision.patch_size
+  weights = get_state_dict(net)
   shapes = {name: t.shape for name, t in weights.items()}
-  patch, side = "vision_tower.embeddings.patch_embedding.weight", config.vision.patch_size
-  shapes[patch] = config.vision.hidden_size, 3, side, side  # in files it is a convolution: see SigLIP
-  scales = {name: arrays.pop(name + "_scale") for name in shapes if name + "_scale" in arrays}
-  if scales and not kernels:
-    raise Fault("these weights are quantised, which takes examples/fast.py beside vlm.py")
-  fits = [name for name in scales if name in arrays and kernels.Packed.fits(arrays[name], scales[name], shapes[name])]
-  check_names(shapes, {name: shapes[name] if name in fits else a.shape for name, a in arrays.items()})
+  # in files the patch embedding is a convolution: see SigLIP
+  shapes["vision_tower.embeddings.patch_embedding.weight"] = config.vision.hidden_size, 3, side, side
+  if kernels:  # which can multiply with quantised weights
+    arrays = kernels.join_scales(arrays, shapes)
+  check_names(shapes, {name: array.shape for name, array in arrays.items()})
   for name, empty in weights.items():
     owner, (*path, leaf) = net, name.split(".")
     for part in path:
       owner = owner[int(part)] if part.isdigit() else getattr(owner, part)
-    if name in scales:
-      parts = place(name, arrays[name], device), place(name + "_scale", scales[name], device)
-      setattr(owner, leaf, kernels.Packed(*parts, empty.shape))
-    else:
-      setattr(owner, leaf, place(name, arrays[name].reshape(empty.shape), device))
+    setattr(owner, leaf, place(arrays[name].reshape(empty.shape), device, name))
   return net
 
 @fast
@@ -724,18 +696,21 @@ def open_device(name):
     DEV.value = "CPU:X86"  # tinygrad's own assembler: slow, but it needs no compiler
   return Device[name].device
 
-def load(folder, device=None, place=to_tensor):
-  """A PaliGemma folder (config.json, *.safetensors, tokenizer.model) -> VLM. place: what makes arrays into tensors,
-  see examples/shard.py. Raises Fault."""
+def find_device(name):
+  """The same, or a Fault that says why not."""
+  try:
+    return open_device(name)
+  except Exception as e:  # whatever a driver that is not there raises
+    raise Fault(f"device {name or DEV.device} cannot be used ({e}); leave out --device and DEV") from None
+
+def load(folder, device=None, place=upload):
+  """A PaliGemma folder (config.json, *.safetensors, tokenizer.model) -> VLM. place: what makes arrays into
+  tensors, see examples/shard.py. Raises Fault."""
   start, folder = time.perf_counter(), Path(folder)
   config, tokenizer = read_config(folder / "config.json"), Tokenizer(folder / "tokenizer.model")
   if max(tokenizer.model.get_piece_size(), tokenizer.ids["<seg127>"]) >= config.text.vocab_size:
     raise Fault(f"{folder}: the tokenizer has more pieces than the embedding has rows; take this model's own")
-  try:
-    device = open_device(device)
-  except Exception as e:  # whatever a driver that is not there raises
-    raise Fault(f"device {device or DEV.device} cannot be used here ({e}); leave out --device and DEV") from None
-  arrays = read_weights(folder)
+  device, arrays = find_device(device), read_weights(folder)
   model = VLM(assemble(config, arrays, device, place), config, tokenizer, device, place)
   model.folder, model.arrays = folder, arrays  # a tensor over borrowed memory does not keep it alive
   model.timings["load_s"] = time.perf_counter() - start
@@ -743,8 +718,8 @@ def load(folder, device=None, place=to_tensor):
 
 # ---- 11. Whole sequences: training, without a cache ----
 def training_mask(prefix, total, n, window=None):
-  """prefix (B,): how many tokens of a row all see each other; total (B,): how many are no padding -> (B, 1, n, n)
-  bool. Padding is seen by nobody. It sees all the rest, as far as a window goes: a row that sees nothing is NaN.
+  """prefix (B,): how many tokens of a row all see each other; total (B,): how many are no padding -> bool
+  (B, 1, n, n). Padding is seen by nobody, and sees the rest: the softmax of a row that sees nothing is NaN.
 
       3 prefix + 2 answer tokens, 1 padding     1 1 1 0 0 0
       a row is a query, a column what           1 1 1 0 0 0
@@ -759,8 +734,8 @@ def training_mask(prefix, total, n, window=None):
   return ((near | (query < prefix) & (key < prefix) | (query >= total)) & (key < total))[:, None]
 
 def whole_sequence(config, prefix, total, n):
-  """-> cos and sin (n, d / 2), masks full and sliding (B, 1, 1, n, n): arrays, what `forward` needs besides tokens."""
-  masks = (training_mask(prefix, total, n, window)[:, None] for window in (None, config.window))
+  """-> arrays that `forward` needs: cos and sin (n, d / 2), masks full and sliding (B, 1, 1, n, n)."""
+  masks = (training_mask(prefix, total, n, window)[:, None] for window in (None, config.sliding_window))
   return *rope_table(config, np.arange(n)), *masks
 
 def forward(gemma, image, text, cos, sin, full, sliding):
@@ -770,21 +745,9 @@ def forward(gemma, image, text, cos, sin, full, sliding):
   return gemma(image.cat(text, dim=1), cos, sin, (full, sliding), write)
 
 # ---- 12. Command line ----
-SHIPPED = "toy", "tiny1", "tiny2", "tiny2-28b"
-
-def default_weights():
-  """The largest checkpoint under weights/; what was downloaded or trained comes before what ships. Raises Fault."""
-  found = []
-  for config in Path(__file__).resolve().parent.glob("weights/*/config.json"):
-    size = sum(file.stat().st_size for file in config.parent.glob("*.safetensors"))
-    found.append((size > 0, config.parent.name not in SHIPPED, size, config.parent))
-  if not any(found and max(found)):
-    raise Fault("no checkpoint under weights/; name one with --weights, or get one (README.md, Weights)")
-  return max(found)[-1]
-
 class Parser(argparse.ArgumentParser):
   def error(self, message):  # one line, like every other fault
-    raise Fault(f"{terminal.moved(message) if terminal else message}; see --help")
+    raise Fault(f"{terminal.moved(self.prog, message) if terminal else message}; see --help")
 
 def program(work):
   """Decorates a program's main(argv): what the user did wrong is one line on stderr and an exit code."""
@@ -807,16 +770,13 @@ def say(args, text):
     print(text, file=sys.stderr)
 
 def add_arguments(p, answers=True):
-  """The options that programs share; `answers`: those of Sampling too, for programs that ask the model something."""
-  p.add_argument("--weights", metavar="DIR", help="PaliGemma's folder or name (default: the largest in weights/)")
+  """The options that programs share; `answers`: those of Sampling too, for programs that ask the model."""
+  p.add_argument("--weights", metavar="DIR", help="a PaliGemma folder or name (default: largest in weights/)")
   p.add_argument("--device", metavar="DEV", help="METAL, CUDA, CPU, ... (default: the best, or $DEV)")
   p.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
-  if answers:
-    p.add_argument("--max-tokens", type=int, default=256, metavar="N", help="longest answer (default %(default)s)")
-    p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: always the likeliest (default)")
-    p.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens")
-    p.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest, of mass P")
-    p.add_argument("--seed", type=int, metavar="S", help="repeat a sample")
+  for f in fields(Sampling) if answers else ():
+    flag, (*_, text) = f"--{f.name.replace('_', '-')}", OPTIONS[f.name]
+    p.add_argument(flag, type=f.type, default=f.default, metavar="N", help=text)
 
 def sampling(args):
   """-> the options of Sampling on a command line, checked. Raises Fault."""
@@ -825,13 +785,13 @@ def sampling(args):
     raise Fault("--top-k, --top-p and --seed choose among likely tokens: they need a --temperature above 0")
   return options
 
-def open_model(args, place=to_tensor):
+def open_model(args, place=upload):
   """The model that the options of add_arguments name. Raises Fault."""
-  folder = default_weights() if args.weights is None else Path(args.weights)
+  folder = args.weights or "weights"
   if terminal:
-    terminal.quiet, folder = args.quiet, terminal.find_weights(folder, Path(__file__).resolve().parent)
+    terminal.quiet, folder = args.quiet, terminal.find_weights(args.weights, ROOT)
   else:
-    say(args, "without examples/ beside vlm.py there are no kernels and no pictures: the same answers, but slowly")
+    say(args, "without examples/ beside vlm.py: the same answers, but slowly, and no boxes drawn")
   progress(f"loading {folder}")
   model = load(folder, args.device, place)
   say(args, f"{folder}: {model.config.note or 'these weights answer'}")
@@ -839,24 +799,18 @@ def open_model(args, place=to_tensor):
 
 def ask(model, args, images, prompt):
   """One question, as the command line answers it -> exit code."""
-  pictures, tokens, code, t = [open_image(name) for name in images], [], 0, model.timings
-  def ids():
-    for step in model.tokens([pictures], [prompt], **sampling(args)):
-      if not tokens:
-        progress("")  # clears the line that the answer is about to be on
-      tokens.append(step[0])
-      yield step[0]
+  pictures, code = [open_image(name) for name in images], 0
   try:
-    for piece in model.tokenizer.stream(ids()):
+    for piece in model.stream(pictures, prompt, **sampling(args)):
       if not args.json:
         print(piece, end="", flush=True)
   except KeyboardInterrupt:  # what is there stays there
     code = 130
-  answer = model.answer(pictures, tokens)
+  answer, t = model.answered, model.timings
   drawing = terminal and terminal.Drawing(pictures[0], answer.boxes, model.folder, model.device)
   boxes = drawing.entries if drawing else [asdict(box) for box in answer.boxes]
-  print(json.dumps({"text": answer.text, "tokens": tokens, "prompt_tokens": model.tokenizer.prompt(prompt),
-                    "boxes": boxes, "timings": t}) if args.json else "", flush=True)
+  said = {"text": answer.text, "tokens": answer.tokens, "prompt_tokens": model.tokenizer.prompt(prompt)}
+  print(json.dumps(said | {"boxes": boxes, "timings": t}) if args.json else "", flush=True)
   if drawing:
     drawing.save(args, images)
   speed = t["decode_tok_s"] or 0
@@ -868,13 +822,14 @@ def ask(model, args, images, prompt):
 def main(argv):
   p = Parser(prog="vlm.py", usage="vlm.py [IMAGE ...] [PROMPT] [options]", allow_abbrev=False,
              description="Ask PaliGemma about a picture; without a prompt, again and again.",
-             epilog='prompts of mix checkpoints: "caption en", "answer en QUESTION", "detect A ; B", "segment A"')
+             epilog='prompts: "caption en", "answer en QUESTION", "detect A ; B", "segment A"')
   p.add_argument("words", nargs="*", metavar="IMAGE ... PROMPT", help="pictures, and what to ask of them")
-  p.add_argument("--out", metavar="FILE", help="where boxes are drawn (default: IMAGE.boxes.png here)")
+  if terminal:
+    terminal.add_arguments(p)
   p.add_argument("--json", action="store_true", help="one JSON object instead of text")
   add_arguments(p)
   args = p.parse_args(argv)
-  *images, prompt = args.words or [Path(__file__).resolve().parent / "examples" / "shapes.png", "caption en"]
+  *images, prompt = args.words or [ROOT / "examples" / "shapes.png", "caption en"]
   if not images or os.path.isfile(prompt):
     images, prompt = [*images, prompt], None  # asked at the terminal, again and again
   sampling(args)  # all that can be wrong, before the slow part
@@ -885,7 +840,7 @@ def main(argv):
   for name in images:
     open_image(name)
   question = functools.partial(ask, open_model(args), args)
-  return question(images, prompt) if prompt else terminal.loop(question, images, open_image)
+  return terminal.loop(question, images, open_image) if prompt is None else question(images, prompt)
 
 if __name__ == "__main__":
   sys.exit(main())

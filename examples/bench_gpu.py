@@ -1,18 +1,25 @@
-"""`python examples/bench.py DIR --device CUDA [--python REF]`: one table for a GPU. Ours beside transformers as it comes
-and with a static cache and torch.compile, all on the same GPU in one run, and what the GPU itself can do.
+"""One table for a GPU: ours beside transformers as it comes and with a static cache and torch.compile, all on
+the same GPU in one run, and what the GPU itself can do.
 
-Each side is a process of its own; a figure is the median of five. The limits are torch's: bytes copied (read and
-written) and a large bfloat16 product. Without REF there is only our column.
+    python examples/bench_gpu.py DIR --device CUDA [--python REF]
+
+REF is a Python with torch and transformers; without it there is only our column. Each side is a process of
+its own; a figure is the median of five. The limits are torch's: bytes copied (read and written) and a large
+bfloat16 product.
 """
+import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vlm.py, wherever this is started from
+import bench
+import vlm
 
 BATCHES, SIDES, STEPS = (1, 8, 32), (224, 448, 896), 20
 
@@ -27,23 +34,21 @@ def timed(work, repeat=5):
   return statistics.median(times[2:])
 
 
-def ours(folder, device, bits, side, batch, start):
-  """-> {"load", "first", "prefill" (with vision), "decode" (one step)} in seconds, the first two from the start of the
-  process."""
-  import bench
-  import vlm
+def measure(folder, device, side, batch, start):
+  """-> {"load", "first", "prefill" (with vision), "decode" (one step)} in seconds, the first two from the
+  start of the process."""
   with bench.resized(side):
-    model = vlm.load(folder, device, bits=bits)
-  result, P = {"load": time.time() - start, "bytes": model.bytes}, model.config.patches
+    model = vlm.load(folder, device)
+  result, P = {"load": time.time() - start, "bytes": model.bytes}, model.config.vision.patches
   T, C = 8, 256 * -(-(P + 8 + STEPS) // 256)
-  where = vlm.layout([len(bench.TEXT)] * batch, P, T, C)
+  positions = vlm.layout([len(bench.TEXT)] * batch, P, T, C)
   ids = np.array([[0] * (T - len(bench.TEXT)) + bench.TEXT] * batch)
-  picture, slots = bench.pixels(model.config.image_size), vlm.upload(where, model.device)
+  picture, slots = bench.pixels(model.config.vision.image_size), vlm.upload(positions, model.device)
 
   def prefill():
     image = model.vision(picture)[1]
     image = image.expand(batch, *image.shape[1:]).contiguous().realize() if batch > 1 else image
-    return model.prefill(image, ids, where)[0].numpy()
+    return model.prefill(image, ids, positions)[0].numpy()
 
   def decode():
     next_token = token
@@ -70,9 +75,9 @@ ids = [[model.config.image_token_id] * (side // patch) ** 2 + job["text"]]
 
 def answer(batch, tokens, **options):
   inputs = torch.tensor(ids * batch, device=device)
-  model.generate(input_ids=inputs, pixel_values=image.expand(batch, -1, -1, -1), token_type_ids=torch.zeros_like(inputs),
-                 attention_mask=torch.ones_like(inputs), do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens,
-                 **options)
+  model.generate(input_ids=inputs, pixel_values=image.expand(batch, -1, -1, -1),
+                 token_type_ids=torch.zeros_like(inputs), attention_mask=torch.ones_like(inputs),
+                 do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, **options)
   sync()
 
 def timed(work):
@@ -98,56 +103,67 @@ print(json.dumps(result))
 """
 
 
-def run(command):
-  done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-  if done.returncode:
-    sys.exit(f"bench: this failed: {' '.join(map(str, command[:4]))} ...")
-  return json.loads(done.stdout.splitlines()[-1])
+def table(folder, device, python=None):
+  config = vlm.read_config(folder / "config.json")
+  own_side = config.vision.image_size
 
-
-def table(folder, device, python):
-  import bench
-  import vlm
-  config = vlm.read_config(f"{folder}/config.json")
-
-  def worker(bits=None, side=config.image_size, batch=1):
-    job = json.dumps([device, bits, side, batch, time.time()])
-    return run([sys.executable, __file__, folder, job])
+  def worker(path=folder, side=own_side, batch=1):
+    job = json.dumps([device, side, batch, time.time()])
+    return bench.run([sys.executable, __file__, path, "--worker", job])
   cold, warm = worker(), worker()  # the first may have to compile
   theirs = {}
   if python:
     with tempfile.TemporaryDirectory() as tmp:
-      np.save(f"{tmp}/pixels.npy", bench.pixels(config.image_size))
+      np.save(f"{tmp}/pixels.npy", bench.pixels(own_side))
       job = {"pixels": f"{tmp}/pixels.npy", "text": bench.TEXT, "batches": BATCHES, "steps": STEPS,
              "start": time.time()}
-      theirs = run([python, "-c", THEIRS, folder, device.split(":")[0].lower(), json.dumps(job)])
+      theirs = bench.run([python, "-c", THEIRS, folder, device.split(":")[0].lower(), json.dumps(job)])
 
   def row(name, a, key=None, limit=""):
     cells = [f"{theirs[k]:.4f} | {a / theirs[k]:.2f}" if k in theirs else "- | -"
              for k in (f"eager {key}", f"compiled {key}")]
     print(f"| {name} | {a:.4f} | {' | '.join(cells)} | {limit} |", flush=True)
-  print(f"| {os.path.basename(os.path.normpath(folder))} on {device}, seconds | ours | transformers | ours / theirs | "
-        "transformers, compiled | ours / theirs | ours, of the limit |\n|---|---|---|---|---|---|---|")
+  print(f"| {folder.name} on {device}, seconds | ours | transformers | ours / theirs | "
+        "transformers, compiled | ours / theirs | ours, of the limit |")
+  print("|---" * 7 + "|")
   row("process to weights on the GPU", warm["load"], "load")
   row("process to first token, kernels on disk", warm["first"], "first")
   row("process to first token, the first time", cold["first"], "first")
-  memory, arithmetic = theirs.get("bytes/s", float("nan")) / 1e12, theirs.get("flop/s", float("nan")) / 1e12
+  memory, arithmetic = (theirs.get(key, float("nan")) / 1e12 for key in ("bytes/s", "flop/s"))
   for side in SIDES:
-    result = warm if side == config.image_size else worker(side=side)
-    config.patches = (side // config.patch_size) ** 2
-    rate = 2e-12 * sum(bench.arithmetic(config, len(bench.TEXT))) / result["prefill"]
+    result = warm if side == own_side else worker(side=side)
+    rate = 2e-12 * sum(bench.arithmetic(bench.with_side(config, side), len(bench.TEXT))) / result["prefill"]
     row(f"vision and prefill, {side} px", result["prefill"], "prefill 1" if result is warm else None,
         f"{rate:.1f} of {arithmetic:.0f} TFLOP/s")
+
+  def of_memory(result):
+    return f"{result['bytes'] / result['decode'] / 1e12:.2f} of {memory:.2f} TB/s"
   for batch in BATCHES:
     result = warm if batch == 1 else worker(batch=batch)
     row(f"a token, batch {batch}", result["decode"], f"decode {batch}",
-        f"{result['bytes'] / result['decode'] / 1e12:.2f} of {memory:.2f} TB/s, {batch / result['decode']:.0f} tokens/s")
-  for bits in ("int8", "int4"):
-    result = worker(bits=bits)
-    row(f"a token, {bits}", result["decode"], "decode 1",
-        f"{result['bytes'] / result['decode'] / 1e12:.2f} of {memory:.2f} TB/s")
+        f"{of_memory(result)}, {batch / result['decode']:.0f} tokens/s")
+  with bench.quantized_folders(folder) as folders:
+    for name, path in folders.items():
+      result = worker(path)
+      row(f"a token, {name}", result["decode"], "decode 1", of_memory(result))
+
+
+@vlm.program
+def main(argv):
+  p = vlm.Parser(prog="bench_gpu.py", description="One table of speed for a GPU.", allow_abbrev=False)
+  p.add_argument("folder", metavar="DIR", help="PaliGemma's folder or name")
+  p.add_argument("--device", metavar="DEV", help="CUDA, METAL, ...")
+  p.add_argument("--python", metavar="REF", help="a Python with torch and transformers, to compare with")
+  p.add_argument("--worker", help=argparse.SUPPRESS)
+  args = p.parse_args(argv)
+  folder = vlm.terminal.find_weights(args.folder, bench.ROOT).resolve()
+  if args.worker:
+    print(json.dumps(measure(folder, *json.loads(args.worker))))
+  elif args.device:
+    table(folder, args.device, args.python)
+  else:
+    raise vlm.Fault("which GPU? give --device CUDA, METAL, ...")
 
 
 if __name__ == "__main__":
-  sys.path[:0] = [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), os.path.dirname(os.path.abspath(__file__))]
-  print(json.dumps(ours(sys.argv[1], *json.loads(sys.argv[2]))))
+  sys.exit(main())

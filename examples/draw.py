@@ -70,11 +70,11 @@ def check_output(path, inputs):
   """A picture is only written where it can be, and never over an input: known before the work, not after."""
   path = Path(path)
   if path.suffix.lower() not in Image.registered_extensions():
-    raise Fault(f"--out {path}: the name must end in a picture format, such as .png")
+    raise Fault(f"{path}: the name must end in a picture format, such as .png")
   if any(Path(name).exists() and path.exists() and path.samefile(name) for name in inputs):
-    raise Fault(f"--out {path} is the input picture; choose another name")
+    raise Fault(f"{path} is the input picture; choose another name")
   if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-    raise Fault(f"--out {path}: cannot be written; choose another place")
+    raise Fault(f"{path}: cannot be written; choose another place")
 
 
 def save_picture(image, path, inputs):
@@ -188,7 +188,7 @@ def paste(logits, box, width, height):
 
 
 class Missing(Fault):
-  """There is no vae-oid.npz: the user's choice, not an error."""
+  """There is no vae-oid.npz: the user's choice, not an error, so its code is 0."""
 
 
 class Masks:
@@ -220,8 +220,9 @@ class Masks:
 
   def load(self):
     if self.path is None:
-      raise Missing(f"no {NAME} in {self.places[0].parent} or {self.places[-1].parent}, so masks stay tokens; it is the "
-                    f"decoder that big_vision publishes with PaliGemma (gs://big_vision/paligemma/{NAME})")
+      where = " or ".join(dict.fromkeys(str(place.parent) for place in self.places))
+      raise Missing(f"no {NAME} in {where}, so masks stay tokens; it is the "
+                    f"decoder that big_vision publishes with PaliGemma (gs://big_vision/paligemma/{NAME})", code=0)
     self.weights = read(self.path)
     tensors = {name: Tensor(array, device=self.device).realize() for name, array in self.weights.items()}
     self.program = TinyJit(functools.partial(lambda w, x: decode(w, x).contiguous(), tensors))

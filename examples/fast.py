@@ -29,11 +29,14 @@ from tinygrad import Device, Tensor, TinyJit, UOp, dtypes
 from tinygrad.codegen.opt import Opt, OptOps
 from tinygrad.device import Buffer
 from tinygrad.helpers import CPU_COUNT, DEV
+from tinygrad.nn.state import get_state_dict
 from tinygrad.renderer import Estimates
 from tinygrad.renderer.cstyle import ClangRenderer, MetalRenderer
 from tinygrad.renderer.llvmir import LLVMRenderer
 from tinygrad.runtime.autogen import llvm
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, ProgramInfo
+
+from tokenizer import Fault
 
 PORTABLE = False  # True, in tests: without AVX512-BF16 instructions, as on other CPUs
 FORMATS = {dtypes.float32: 32, dtypes.float16: 16, dtypes.uint16: 16, dtypes.int8: 8, dtypes.uint8: 4}  # bits
@@ -79,29 +82,30 @@ def gelu(x, times=None):
   return by_row("gelu", {"x": x} if times is None else {"x": x, "b": times}) if in_c_forward(x) else None
 
 
-def upload(array, device):
-  """Tensor(array).realize() takes 2 ms, 130 the first time: it schedules a copy."""
-  if isinstance(device, tuple):
-    return None
-  t = Tensor.empty(*array.shape, dtype=getattr(dtypes, array.dtype.name), device=device)
+def upload(array, device, name=None):
+  """A weight is a view of its mapped file on a CPU, neither read nor copied before it is used: where tinygrad's own
+  kernels find it aligned, and those of this file at any address. All else is copied at once: Tensor(array).realize()
+  takes 2 ms, 130 the first time, since it schedules a copy."""
+  if isinstance(device, tuple):  # whole on each
+    return upload(array, device[0]).shard(device).realize()
+  if isinstance(array, Packed):
+    return array.placed(upload, device, name)
+  ours = array.ndim == 2 and name and "position_embedding" not in name and in_c(device)
+  kind = getattr(dtypes, array.dtype.name)
+  if name and (ours or device.startswith("CPU") and array.ctypes.data % 64 == 0):
+    return Tensor.from_blob(array.ctypes.data, array.shape, dtype=kind, device=device)
+  t = Tensor.empty(*array.shape, dtype=kind, device=device)
   t.uop.base.buffer.ensure_allocated().copyin(np.ascontiguousarray(array).data)
   return t
 
 
-def refill(tensor, array):
-  buffer = tensor.uop.base.buffer
-  for part in getattr(buffer, "bufs", [buffer]):  # one on each of several devices
-    part.copyin(np.ascontiguousarray(array).data)
-  return tensor
-
-
-def to_tensor(name, array, device):
-  """On a CPU a view of the mapped file, which is neither read nor copied before it is used: where tinygrad's own
-  kernels find it aligned, and those of this file at any address."""
-  ours = array.ndim == 2 and "position_embedding" not in name and in_c(device)
-  if name != "cache" and (ours or device.startswith("CPU") and array.ctypes.data % 64 == 0):
-    return Tensor.from_blob(array.ctypes.data, array.shape, dtype=getattr(dtypes, array.dtype.name), device=device)
-  return None
+def join_scales(arrays, shapes):
+  scales = {name: arrays[name + "_scale"] for name in shapes if name + "_scale" in arrays}
+  packed = {name: Packed(arrays[name], scale, shapes[name]) for name, scale in scales.items()
+            if name in arrays and Packed.fits(arrays[name], scale, shapes[name])}
+  if alone := [name for name in shapes if name in arrays and arrays[name].itemsize == 1 and name not in packed]:
+    raise Fault(f"{alone[0]} is quantised, and its scales are missing or of another shape; quantise it again")
+  return {name: array for name, array in arrays.items() if name.removesuffix("_scale") not in packed} | packed
 
 
 def open_device(name):
@@ -115,8 +119,15 @@ def open_device(name):
   return name
 
 
-def capture(function, shaped_by, owned):
-  path, programs = kept_file(function, shaped_by, owned), []
+def likeliest(logits):
+  # padded, so that tinygrad can split the row into parts: 257216 = 64 * 4019 would keep 64 threads of a GPU busy
+  logits = logits.pad((0, -logits.shape[-1] % 4096), value=-math.inf)
+  return logits.isnan().any(-1).where(-1, logits.argmax(-1)).cast(dtypes.int32)
+
+
+def capture(function, *shaped_by):
+  owned, programs = owned_by(function), []
+  path = kept_file(function, shaped_by, owned)
 
   def call(*inputs):
     if programs:
@@ -135,16 +146,23 @@ def capture(function, shaped_by, owned):
 class Packed:
   """A weight (N, K) in few bits, as quantize.py writes it: int8 numbers (N, K) and a scale (N,) for each row, or uint8
   (N, G * 16), two numbers of 4 bits in each, the first in the lower half and all of them plus 8, and a scale (N, G)
-  for each 32 of a row."""
+  for each 32 of a row. data, scale: arrays of a file, or tensors."""
   def __init__(self, data, scale, shape):
     self.data, self.scale, self.shape, self.dtype = data, scale, (*data.shape[:-1], shape[-1]), data.dtype
 
   @staticmethod
   def fits(data, scale, shape):
-    """Whether the arrays of a file can be a weight of that shape."""
+    """Whether the arrays of a file are a weight of that shape."""
     N, groups = shape[0], -(-shape[-1] // 32)
     known = {np.dtype(np.int8): (shape, (N,)), np.dtype(np.uint8): ((N, groups * 16), (N, groups))}
     return scale.dtype == np.float32 and known.get(data.dtype) == (data.shape, scale.shape)
+
+  def reshape(self, shape):
+    return self
+
+  def placed(self, place, device, name):
+    """Of arrays: the same of tensors. place: as vlm.upload."""
+    return Packed(place(self.data, device, name), place(self.scale, device, name + "_scale"), self.shape)
 
   def __getitem__(self, ids):
     return Packed(self.data[ids], self.scale[ids], self.shape)
@@ -373,6 +391,12 @@ def few_rows(x, w):
 # A captured TinyJit is a list of kernels, already machine code, and the buffers that they read and write. The kernels are
 # stored. Buffers that the model owns (weights, KV cache) are stored by name and are those of the new process; all others
 # are scratch memory, stored as their size.
+
+
+def owned_by(function):
+  """-> {name: Tensor} that a function holds: weights, KV cache."""
+  cells = zip(function.__code__.co_freevars, function.__closure__ or ())
+  return {path: t for name, cell in cells for path, t in get_state_dict(cell.cell_contents, name).items()}
 
 
 def kept_file(function, shaped_by, owned):

@@ -2,12 +2,14 @@
 
     python examples/golden.py weights/tiny1      # writes weights/tiny1/golden.npz
 
-Needs torch and transformers beside the packages of requirements.txt, in an environment of its own; golden.npz was
-made with torch 2.13.0 and transformers 5.23.0. The three tiny folders are `make` below on the sizes in their
-config.json with seed 22 (tiny1, Gemma 1), 2 (tiny2, Gemma 2; in three shards, with the names that hub files have) and
-3 (tiny2-28b, Gemma 2 with a query scale that is not head_dim^-0.5), and a "note" in config.json. Their tokenizers are
-SentencePiece models with Gemma's options, trained on docstrings of Python's library.
+Needs torch and transformers beside the packages of requirements.txt, in an environment of its own; golden.npz
+was made with torch 2.13.0 and transformers 5.23.0. The three tiny folders are `make` below on the sizes in
+their config.json with seed 22 (tiny1, Gemma 1), 2 (tiny2, Gemma 2; in three shards, with the names that hub
+files have) and 3 (tiny2-28b, Gemma 2 with a query scale that is not head_dim^-0.5), and a "note" in
+config.json. Their tokenizers are SentencePiece models with Gemma's options, trained on docstrings of Python's
+library.
 """
+import argparse
 import json
 import shutil
 import sys
@@ -17,14 +19,16 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 SEED, TOKENS = 20, 32
-PROMPTS = ["caption en", "detect cat ; dog", "answer en what is left of <loc0512><loc0031> or above the blue square?"]
+PROMPTS = ["caption en", "detect cat ; dog",
+           "answer en what is left of <loc0512><loc0031> or above the blue square?"]
 
 def pixels(side, count=2, seed=SEED):
   """(count, 3, side, side) float32 in [-1, 1]"""
   return np.random.default_rng(seed).uniform(-1, 1, (count, 3, side, side)).astype(np.float32)
 
 def make(folder, config, seed, dtype="float32"):
-  """A folder with random weights of the sizes in `config` (what a config.json holds) and tiny1's tokenizer."""
+  """A folder with random weights of the sizes in `config` (what a config.json holds) and tiny1's
+  tokenizer."""
   import torch
   from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
   torch.manual_seed(seed)
@@ -53,25 +57,31 @@ def random_config(rng, gemma2):
   """Sizes of a small model, drawn so that no two that could be mixed up are likely to be alike."""
   heads, kv_heads, patch = int(rng.integers(1, 4)), int(rng.integers(1, 4)), int(rng.choice([7, 10, 14]))
   vision_heads, layers = int(rng.integers(1, 5)), int(rng.integers(2, 5))
-  width = int(rng.integers(40, 80)) // (heads * kv_heads) * heads * kv_heads  # transformers wants a multiple of these
+  # transformers wants a multiple of these
+  width = int(rng.integers(40, 80)) // (heads * kv_heads) * heads * kv_heads
   text = dict(model_type="gemma2" if gemma2 else "gemma", hidden_size=width, vocab_size=1536,
               intermediate_size=int(rng.integers(50, 150)), num_hidden_layers=layers,
-              num_attention_heads=heads * kv_heads, num_key_value_heads=kv_heads, head_dim=int(rng.choice([8, 16, 24])),
+              num_attention_heads=heads * kv_heads, num_key_value_heads=kv_heads,
+              head_dim=int(rng.choice([8, 16, 24])),
               rms_norm_eps=float(rng.choice([1e-6, 1e-3])),
               rope_parameters={"rope_type": "default", "rope_theta": float(rng.choice([1e2, 1e4, 1e6]))})
   if gemma2:  # caps far below the published 50 and 30, that they bite on the small logits of random weights
     text |= dict(sliding_window=int(rng.integers(2, 12)), query_pre_attn_scalar=int(rng.integers(4, 40)),
-                 attn_logit_softcapping=float(rng.uniform(0.5, 3)), final_logit_softcapping=float(rng.uniform(2, 10)),
-                 layer_types=[str(rng.choice(["sliding_attention", "full_attention"])) for _ in range(layers)])
+                 attn_logit_softcapping=float(rng.uniform(0.5, 3)),
+                 final_logit_softcapping=float(rng.uniform(2, 10)),
+                 layer_types=[str(rng.choice(["sliding_attention", "full_attention"]))
+                              for _ in range(layers)])
   vision = dict(model_type="siglip_vision_model", vision_use_head=False, num_attention_heads=vision_heads,
                 patch_size=patch, image_size=patch * int(rng.integers(2, 6)),
-                hidden_size=vision_heads * int(rng.integers(2, 6)) * 4, layer_norm_eps=float(rng.choice([1e-6, 1e-3])),
+                hidden_size=vision_heads * int(rng.integers(2, 6)) * 4,
+                layer_norm_eps=float(rng.choice([1e-6, 1e-3])),
                 intermediate_size=int(rng.integers(30, 100)), num_hidden_layers=int(rng.integers(1, 4)))
   return dict(model_type="paligemma", vision_config=vision, text_config=text, hidden_size=text["hidden_size"],
               projection_dim=text["hidden_size"], image_token_index=1535)
 
 def load(folder, dtype="float32"):
-  """transformers' model in float32, whatever the file holds; but the embeddings' factor is that of the file's type."""
+  """transformers' model in float32, whatever the file holds; but the embeddings' factor is that of the file's
+  type."""
   import torch
   from transformers import PaliGemmaForConditionalGeneration
   model = PaliGemmaForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype),
@@ -82,8 +92,9 @@ def load(folder, dtype="float32"):
   return model
 
 def reference(model, pixels, ids, tokens=TOKENS, each=1):
-  """pixels (B * each, 3, S, S), `each` pictures a row, ids after the images -> vision (B * each, P, Dv), projected
-  (B * each, P, D), logits (B, V) after the prefix, tokens (B, N): greedy, going on after an end token."""
+  """pixels (B * each, 3, S, S), `each` pictures a row, ids after the images -> vision (B * each, P, Dv),
+  projected (B * each, P, D), logits (B, V) after the prefix, tokens (B, N): greedy, going on after an end
+  token."""
   import torch
   with torch.no_grad():
     pixels = torch.tensor(pixels).to(model.dtype)
@@ -100,19 +111,25 @@ def reference(model, pixels, ids, tokens=TOKENS, each=1):
       out = model(input_ids=token, past_key_values=out.past_key_values, token_type_ids=torch.ones_like(token),
                   attention_mask=torch.ones(len(token), seen, dtype=torch.long), use_cache=True)
   stages = {"vision": features.last_hidden_state, "projected": features.pooler_output, "logits": logits}
-  return {name: stage.float().numpy() for name, stage in stages.items()} | {"tokens": torch.cat(chosen, 1).numpy()}
+  stages = {name: stage.float().numpy() for name, stage in stages.items()}
+  return stages | {"tokens": torch.cat(chosen, 1).numpy()}
 
-def main(folder):
+def main():
+  p = argparse.ArgumentParser(prog="golden.py", description="Write what transformers answers: golden.npz.")
+  p.add_argument("folder", metavar="DIR", help="PaliGemma's folder")
+  folder = p.parse_args().folder
   sys.path.insert(0, str(ROOT))
   from tokenizer import Tokenizer
   model, tokenizer = load(folder), Tokenizer(Path(folder) / "tokenizer.model")
   images = pixels(model.config.vision_config.image_size)
   runs = [reference(model, images, tokenizer.prompt(prompt)) for prompt in PROMPTS]
-  both = reference(model, images, tokenizer.prompt(PROMPTS[1]), each=len(images))  # the second prompt, on both pictures
+  # the second prompt, on both pictures
+  both = reference(model, images, tokenizer.prompt(PROMPTS[1]), each=len(images))
+  # (images, prompts, ..)
+  logits, tokens = (np.stack([run[key] for run in runs], 1) for key in ("logits", "tokens"))
   np.savez_compressed(Path(folder) / "golden.npz", seed=SEED, prompts=PROMPTS, vision=runs[0]["vision"],
                       both_logits=both["logits"][0], both_tokens=both["tokens"][0].astype(np.int32),
-                      projected=runs[0]["projected"], logits=np.stack([run["logits"] for run in runs], 1),
-                      tokens=np.stack([run["tokens"] for run in runs], 1).astype(np.int32))  # (images, prompts, ...)
+                      projected=runs[0]["projected"], logits=logits, tokens=tokens.astype(np.int32))
 
 if __name__ == "__main__":
-  main(*sys.argv[1:])
+  main()

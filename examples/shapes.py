@@ -1,13 +1,13 @@
-"""A toy world for a tiny PaliGemma: pictures of coloured shapes, and questions about them in PaliGemma's own prompts.
+"""A toy world for a tiny PaliGemma: pictures of coloured shapes, and questions about them in PaliGemma's own
+prompts.
 
-  python examples/shapes.py --make DIR [--count N] [--seed S]        pictures and DIR/data.jsonl, one question a picture
-  python examples/shapes.py --eval [--weights DIR] [--scenes 500]    measure a checkpoint on scenes it has never seen
-  python examples/shapes.py --example [DIR]                          the few larger pictures beside this file
+    python examples/shapes.py --make DIR [--count N] [--seed S]   # pictures, and a question about each
+    python examples/shapes.py --eval [--weights DIR]              # measure a checkpoint on scenes new to it
+    python examples/shapes.py --example [DIR]                     # the few larger pictures beside this file
 
-Every question has exactly one right answer: a scene about which two captions could be defended is drawn again, and a
-borderline question is not asked. Pixels are (x, y) from the top left corner, boxes (x1, y1, x2, y2).
-"""
-import argparse
+Every question has exactly one right answer: a scene about which two captions could be defended is drawn
+again, and a borderline question is not asked. Pixels are (x, y) from the top left corner, boxes (x1, y1, x2,
+y2). """
 import functools
 import io
 import json
@@ -18,23 +18,28 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vlm.py, wherever this is started from
+import batch
+import vlm
+
+ROOT = Path(vlm.__file__).resolve().parent  # where weights/ is
 TRAIN_SEED, VALID_SEED, TEST_SEED, EXAMPLE_SEED = 1, 2, 3, 4
 COLORS = {"red": (214, 36, 40), "green": (36, 158, 62), "blue": (40, 84, 216), "yellow": (236, 210, 36),
           "purple": (142, 48, 186), "orange": (236, 128, 28)}
 CORNERS = {"circle": 64, "square": 4, "triangle": 3, "star": 10}  # a circle has so many that none shows
-TILT = {"circle": 0, "square": .3, "triangle": .5, "star": .6}    # radians to either side; a square stays no diamond
+TILT = {"circle": 0, "square": .3, "triangle": .5, "star": .6}    # radians to either side; no diamonds
 NAMES = [f"{color} {shape}" for color in COLORS for shape in CORNERS]
 SIDES = ("left of", "right of", "above", "below")
 COUNTS = (.15, .35, .25, .25)  # shares of scenes with one, two, three and four objects
-SIZES = ((.45, .90), (.30, .65), (.25, .55), (.25, .50))  # of objects, in shorter sides of the picture, by their count
+SIZES = ((.45, .90), (.30, .65), (.25, .55), (.25, .50))  # in shorter sides of the picture, by their number
 GAP = .06                      # least distance of two centres in x, in widths: left to right is never a tie
 CLEAR, NEAR = 1.4, .10         # see sides()
 SHARED = .20                   # a shape has at most this much of its area in common with others
 PLACES = 128                   # see locations()
-ABSENT, OFTEN = .15, .25       # how often an entry of a detect prompt is not in the picture: measured, trained
+ABSENT, OFTEN = .15, .25       # how often what a detect prompt names is not in the picture: measured, trained
 # Weights of the kinds of question. To find what a prompt names is learnt last, so that is asked most.
 MIX = {"caption": .20, "detect": 1.1, "how many": .08, "color": .16, "relation": .16}
-SEGMENT = 2.0                  # weight of segment questions, asked where a codebook is: tilt is all that is hard in them
+SEGMENT = 2.0                  # weight of segment questions, asked where a codebook is: only tilt is hard
 BATCH, MAX_TOKENS = 25, 40     # of --eval, constant so that a model compiles once; four boxes are 27 tokens
 
 
@@ -74,7 +79,8 @@ def place(rng, color, shape, width, height, smallest, largest):
   size, tilt, x, y = rng.random(4).tolist()
   size = (smallest + size * (largest - smallest)) * min(width, height)
   corner = np.arange(CORNERS[shape])
-  angle = (corner / len(corner) - (1 / 8 if shape == "square" else 1 / 4)) * 2 * np.pi + (2 * tilt - 1) * TILT[shape]
+  first = 1 / 8 if shape == "square" else 1 / 4  # of a turn, where the corners begin
+  angle = (corner / len(corner) - first) * 2 * np.pi + (2 * tilt - 1) * TILT[shape]
   radius = np.where(corner % 2, .42, 1) if shape == "star" else 1
   points = np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1)  # (corners, 2)
   points -= points.min(0)
@@ -93,8 +99,8 @@ def place(rng, color, shape, width, height, smallest, largest):
 def sides(subject, other, width, height):
   """On which sides of `subject` the centre of `other` lies: one of SIDES if that is clear, two if it is not.
 
-  Distances are in widths and heights of the picture, as the model sees it, stretched to a square. A side is clear if
-  the distance on its axis is at least NEAR, and at least CLEAR times the distance on the other axis.
+  Distances are in widths and heights of the picture, as the model sees it, stretched to a square. A side is
+  clear if the distance on its axis is at least NEAR, and at least CLEAR times the distance on the other axis.
   """
   dx = (other.center[0] - subject.center[0]) / width
   dy = (other.center[1] - subject.center[1]) / height
@@ -106,7 +112,7 @@ def sides(subject, other, width, height):
   return [across, along]
 
 
-def fits(new, objects, pair, width, height):
+def stays_clear(new, objects, pair, width, height):
   """Whether `new` may be painted over `objects` with no answer ambiguous and no shape hard to recognise.
   pair: these two will be all, and the caption will tell how they lie."""
   painted = mask(new)
@@ -128,7 +134,7 @@ def arrange(rng, names, width, height):
   objects = ()
   for name in names:
     tries = (place(rng, *name.split(), width, height, *SIZES[len(names) - 1]) for _ in range(12))
-    new = next((obj for obj in tries if fits(obj, objects, len(names) == 2, width, height)), None)
+    new = next((obj for obj in tries if stays_clear(obj, objects, len(names) == 2, width, height)), None)
     if new is None:
       return None
     objects += (new,)
@@ -136,7 +142,8 @@ def arrange(rng, names, width, height):
 
 
 def background(rng, width, height):
-  """RGB picture: flat, a gradient or soft stripes between two greyish tones, no colour that a shape could have."""
+  """RGB picture: flat, a gradient or soft stripes between two greyish tones, no colour that a shape could
+  have."""
   grey = rng.uniform(50, 220)
   first = grey + rng.uniform(-10, 10, 3)
   second = grey + rng.choice([-1, 1]) * rng.uniform(8, 40) + rng.uniform(-10, 10, 3)
@@ -154,15 +161,15 @@ def background(rng, width, height):
 
 @functools.cache
 def noise():
-  """uint8 (4, 576, 576, 3) of four strengths, the first none; drawing it anew for each picture would take longer than
-  all the rest. Negative values wrap around: added to a picture within 16..239, they wrap back."""
+  """uint8 (4, 576, 576, 3) of four strengths, the first none; drawing it anew for each picture would take
+  longer than all the rest. Negative values wrap around: added to a picture within 16..239, they wrap back."""
   normal = np.random.default_rng(0).standard_normal((576, 576, 3), np.float32)
   return np.stack([(normal * s).round().clip(-16, 16).astype(np.int8).view(np.uint8) for s in (0, 2, 4, 6)])
 
 
 def scene(seed, i, size=None, most=4):
-  """Scene number i of a seed, whatever was drawn before. size: (width, height), 64 to 512 each; if None, the sides
-  vary from 96 to 320 and the aspect ratio up to 2."""
+  """Scene number i of a seed, whatever was drawn before. size: (width, height), 64 to 512 each; if None, the
+  sides vary from 96 to 320 and the aspect ratio up to 2."""
   rng = np.random.default_rng((seed, i))
   longer = int(rng.integers(112, 321))
   shorter = round(longer / rng.uniform(1, min(2, longer / 96)))
@@ -188,8 +195,9 @@ def left_to_right(objects):
 
 
 def caption(scene):
-  """One object: "a red circle". Two: "A above B" or "A left of B", on the axis that separates the centres clearly (see
-  sides). Three or four, left to right by centre: "a red circle, a blue square and an orange star"."""
+  """One object: "a red circle". Two: "A above B" or "A left of B", on the axis that separates the centres
+  clearly (see sides). Three or four, left to right by centre: "a red circle, a blue square and an orange
+  star"."""
   objects = left_to_right(scene.objects)
   names = [f"{'an' if obj.color == 'orange' else 'a'} {obj.name}" for obj in objects]
   if len(objects) == 2:
@@ -205,20 +213,21 @@ def singles(scene):
 
 
 def relations(scene):
-  """List of (prefix, suffix): what lies on one side of a shape that is alone of its kind. Asked only if exactly one
-  object is clearly there and none on the border between this side and another."""
+  """List of (prefix, suffix): what lies on one side of a shape that is alone of its kind. Asked only if
+  exactly one object is clearly there and none on the border between this side and another."""
   asked = []
   for subject in singles(scene):
-    where = [(obj, sides(subject, obj, *scene.image.size)) for obj in scene.objects if obj is not subject]
+    others = [(obj, sides(subject, obj, *scene.image.size)) for obj in scene.objects if obj is not subject]
     for side in SIDES:
-      there = [(obj, found) for obj, found in where if side in found]
+      there = [(obj, found) for obj, found in others if side in found]
       if len(there) == 1 and there[0][1] == [side]:
         asked.append((f"answer en what is {side} the {subject.shape}?", there[0][0].name))
   return asked
 
 
 def questions(scene):
-  """Kind -> list of all its (prefix, suffix), which may be empty; detect, of which there are too many, is left out."""
+  """Kind -> list of all its (prefix, suffix), which may be empty; detect, of which there are too many, is
+  left out."""
   return {
     "caption": [("caption en", caption(scene))],
     "how many": [("answer en how many shapes are there?", str(len(scene.objects)))],
@@ -232,9 +241,9 @@ def wanted(scene, label):
 
 
 def locations(box, width, height):
-  """Box in pixels -> "<locY1><locX1><locY2><locX2>", 1024ths of the picture's own height and width. Rounded to PLACES
-  of them: finer than the model's pixels they would be noise, over which a likeliest token spreads so thin that the end
-  of the answer is likelier."""
+  """Box in pixels -> "<locY1><locX1><locY2><locX2>", 1024ths of the picture's own height and width. Rounded
+  to PLACES of them: finer than the model's pixels they would be noise, over which a likeliest token spreads
+  so thin that the end of the answer is likelier."""
   x1, y1, x2, y2 = box
   values = np.array([y1 / height, x1 / width, y2 / height, x2 / width])
   places = (values * PLACES).round().clip(0, PLACES) / PLACES
@@ -242,8 +251,9 @@ def locations(box, width, height):
 
 
 def detect(scene, rng, asked=(), absence=ABSENT):
-  """A random (prefix, suffix) not in `asked`, for one to three names or shapes, some of them absent. The answer has the
-  order of the prompt, and left to right within a label; absent labels are left out, so it may be empty."""
+  """A random (prefix, suffix) not in `asked`, for one to three names or shapes, some of them absent. The
+  answer has the order of the prompt, and left to right within a label; absent labels are left out, so it may
+  be empty."""
   names = rng.random() < .6  # "red circle", otherwise "circle"
   present = list(dict.fromkeys(obj.name if names else obj.shape for obj in scene.objects))
   absent = [label for label in (NAMES if names else CORNERS) if label not in present]
@@ -253,16 +263,16 @@ def detect(scene, rng, asked=(), absence=ABSENT):
   for _ in range(rng.choice(3, p=(.55, .35, .10)) + 1):
     if pool := absent if absent and rng.random() < absence else present:
       labels.append(pool.pop(rng.integers(len(pool))))
-  found = [f"{locations(obj.box, *scene.image.size)} {label}" for label in labels for obj in wanted(scene, label)]
+  found = [f"{locations(obj.box, *scene.image.size)} {label}"
+           for label in labels for obj in wanted(scene, label)]
   question = "detect " + " ; ".join(labels), " ; ".join(found)
   return detect(scene, rng, asked, absence) if question in asked else question
 
 
 def segment(scene, name, codes):
-  """(prefix, suffix) for one name: its box, 16 codes of the whole shape in it, and the name; an empty answer if it is
-  not there. codes: the file with their codebook and encoder, see examples/masks.py."""
-  import masks  # it imports vlm, which drawing scenes needs as little as a codebook
-  found = [f"{locations(obj.box, *scene.image.size)}{masks.tokens(codes, obj.coverage, obj.box)} {name}"
+  """(prefix, suffix) for one name: its box, 16 codes of the whole shape in it, and the name; an empty answer
+  if it is not there. codes: (coverage, box) of an Object -> "<seg000>...", see codebook.tokens."""
+  found = [f"{locations(obj.box, *scene.image.size)}{codes(obj.coverage, obj.box)} {name}"
            for obj in scene.objects if obj.name == name]
   return f"segment {name}", "".join(found)
 
@@ -276,16 +286,19 @@ def tasks(scene, rng):
 
 
 def examples(seed, i, k, most=4, codes=None):
-  """-> picture, list of k different (prefix, suffix) about it, in random order; k up to 20. codes: see segment()."""
+  """-> picture, list of k different (prefix, suffix) about it, in random order; k up to 20. codes: see
+  segment()."""
   drawn, rng = scene(seed, i, most=most), np.random.default_rng((seed, i, 1))
   pools = questions(drawn)
   mix = MIX | {"segment": SEGMENT} if codes else MIX
   if codes:
     present = [obj.name for obj in drawn.objects]
-    pools["segment"] = present + [str(rng.choice([n for n in NAMES if n not in present]))] * (rng.random() < ABSENT * 3)
+    absent = str(rng.choice([name for name in NAMES if name not in present]))
+    pools["segment"] = present + [absent] * (rng.random() < ABSENT * 3)
   kinds = [kind for kind in mix if kind == "detect" or pools[kind]]
   edges = np.cumsum([mix[kind] for kind in kinds])
-  # k even steps from a random start, not k independent draws: the shares are right for any k, and repeats are rare.
+  # k even steps from a random start, not k independent draws: the shares are right for any k, and repeats are
+  # rare.
   steps = (rng.random() + rng.permutation(k)) / k * edges[-1]
   asked = []
   for kind in np.searchsorted(edges, steps):
@@ -308,16 +321,18 @@ def example(seed, i):
 
 
 def make_tokenizer(path):
-  """Write a SentencePiece model of 424 pieces with Gemma's options, in which every word of the questions and answers,
-  with its leading space, is one piece. The ids of <loc>, <seg> and <image> follow its own, as in hub checkpoints."""
+  """Write a SentencePiece model of 424 pieces with Gemma's options, in which every word of the questions and
+  answers, with its leading space, is one piece. The ids of <loc>, <seg> and <image> follow its own, as in hub
+  checkpoints."""
   import sentencepiece
   first = ["a", "an", "caption", "answer", "detect", "segment", *COLORS, *CORNERS]
   inner = ("a an and en how many shapes are there what color is the left right of above below ;".split()
            + [*COLORS, *CORNERS])
-  model = io.BytesIO()  # a file name would become part of the model, which would then depend on where it is made
+  model = io.BytesIO()  # a file name would become part of the model
   sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(10 * (first + [f"? {word}" for word in inner])), model_writer=model, vocab_size=424,
-    model_type="bpe", byte_fallback=True, split_digits=True, normalization_rule_name="identity", num_threads=1,
+    sentence_iterator=iter(10 * (first + [f"? {word}" for word in inner])), model_writer=model,
+    vocab_size=424, model_type="bpe", byte_fallback=True, split_digits=True, num_threads=1,
+    normalization_rule_name="identity",
     add_dummy_prefix=False, remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, minloglevel=2,
     required_chars="abcdefghijklmnopqrstuvwxyz0123456789,;?", pad_id=0, eos_id=1, bos_id=2, unk_id=3,
     pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>", unk_piece="<unk>",
@@ -328,7 +343,8 @@ def make_tokenizer(path):
 # ---- 4. Measuring a model ----
 
 GOALS = {  # kind: title, must, aim
-  "caption": ("caption, exact match", .85, .97), "how many": ("how many", .95, .99), "color": ("what color", .95, .99),
+  "caption": ("caption, exact match", .85, .97), "how many": ("how many", .95, .99),
+  "color": ("what color", .95, .99),
   "relation": ("left, right, above, below", .85, .95), "detect": ("detect, all boxes right", .85, .97),
   "iou": ("detect, mean IoU", .75, .90), "segment": ("segment, mean IoU", .75, .85)}
 
@@ -346,7 +362,8 @@ def overlap(a, b):
 
 
 def match(truth, found):
-  """Two lists of (label, box) -> the IoU of each pair, best first: one label, some overlap, no box in two pairs."""
+  """Two lists of (label, box) -> the IoU of each pair, best first: one label, some overlap, no box in two
+  pairs."""
   pairs = [(iou(box, other), t, f) for t, (label, box) in enumerate(truth)
            for f, (guess, other) in enumerate(found) if guess == label]
   kept = []
@@ -357,33 +374,37 @@ def match(truth, found):
 
 
 def evaluate(model, count):
-  """Ask one question of each kind about `count` held-out scenes and print a table -> whether every must is met."""
+  """Ask one question of each kind about `count` held-out scenes and print a table -> whether every must is
+  met."""
+  masks = vlm.beside("draw").Masks(model.folder, model.device)
   asked = []  # (kind, scene, prefix, suffix)
   for i in range(count):
     drawn, rng = scene(TEST_SEED, i), np.random.default_rng((TEST_SEED, i, 2))
     pools = questions(drawn) | {"detect": [detect(drawn, rng)]}
     asked += [(kind, drawn, *pool[rng.integers(len(pool))]) for kind, pool in pools.items() if pool]
-    if model.masks.path:  # without a decoder nothing can be drawn
-      asked.append(("segment", drawn, f"segment {drawn.objects[rng.integers(len(drawn.objects))].name}", None))
+    if masks.path:  # without a decoder nothing can be drawn
+      name = drawn.objects[rng.integers(len(drawn.objects))].name
+      asked.append(("segment", drawn, f"segment {name}", None))
   asked.sort(key=lambda question: question[0])  # prompts of like length share a batch
   results = {kind: [] for kind in GOALS}
-  for start in range(0, len(asked), BATCH):
-    batch = asked[start:start + BATCH]
-    _, scenes, prompts, _ = zip(*batch, *batch[-1:] * (BATCH - len(batch)))  # the last one is filled up
-    answers = model.generate([s.image for s in scenes], list(prompts), temperature=0.0, max_tokens=MAX_TOKENS)
-    for (kind, drawn, prefix, suffix), answer in zip(batch, answers):
-      if kind == "detect":
-        labels = prefix.removeprefix("detect ").split(" ; ")
-        truth = [(label, obj.box) for label in labels for obj in wanted(drawn, label)]
-        overlaps = match(truth, [(found.label, found.box) for found in answer.boxes])
-        results["iou"] += overlaps
-        results[kind].append(sum(o > .5 for o in overlaps) == len(truth) == len(answer.boxes))
-      elif kind == "segment":
-        [truth] = wanted(drawn, prefix.removeprefix("segment "))
-        found = [box.mask for box in answer.boxes if box.label == truth.name and box.mask is not None]
-        results[kind].append(overlap(mask(truth), found[0]) if len(found) == 1 else 0)
-      else:
-        results[kind].append(answer.text.strip() == suffix)
+  answers = batch.answer_all(model, [(drawn.image, prefix) for _, drawn, prefix, _ in asked], BATCH,
+                             max_tokens=MAX_TOKENS)
+  for done, ((kind, drawn, prefix, suffix), answer) in enumerate(zip(asked, answers), 1):
+    vlm.terminal.bar(done, len(asked), "questions asked")
+    if kind == "detect":
+      labels = prefix.removeprefix("detect ").split(" ; ")
+      truth = [(label, obj.box) for label in labels for obj in wanted(drawn, label)]
+      overlaps = match(truth, [(found.label, found.box) for found in answer.boxes])
+      results["iou"] += overlaps
+      results[kind].append(sum(o > .5 for o in overlaps) == len(truth) == len(answer.boxes))
+    elif kind == "segment":
+      [truth] = wanted(drawn, prefix.removeprefix("segment "))
+      found = [box for box in answer.boxes if box.label == truth.name and box.codes]
+      drawable = len(found) == 1
+      results[kind].append(overlap(mask(truth), masks(found[0], *drawn.image.size)) if drawable else 0)
+    else:
+      results[kind].append(answer.text.strip() == suffix)
+  vlm.progress("")
   print(f"{'':27}     n  measured   must    aim")
   met = True
   for kind, (title, must, aim) in GOALS.items():
@@ -396,40 +417,71 @@ def evaluate(model, count):
 
 # ---- 5. Command line ----
 
+# Numbers of scenes chosen by eye, without noise, so that the files are small.
 EXAMPLES = {"shapes.png": 120, "shapes-one.png": 106, "shapes-two.png": 129, "shapes-four.png": 156,
-            "shapes-overlap.png": 176}  # numbers of scenes chosen by eye, without noise, so that the files are small
+            "shapes-overlap.png": 176}
 
 
-def main():
-  here = Path(__file__).resolve().parent
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  action = parser.add_mutually_exclusive_group(required=True)
-  action.add_argument("--make", metavar="DIR", type=Path, help="write pictures and data.jsonl there")
-  action.add_argument("--eval", action="store_true", help="measure a checkpoint; exit code 1 if it misses a must")
-  action.add_argument("--example", metavar="DIR", type=Path, nargs="?", const=here, help="write the example pictures")
-  parser.add_argument("--count", type=int, default=100, help="how many pictures to make (default 100)")
-  parser.add_argument("--seed", type=int, default=TRAIN_SEED, help=f"of the pictures to make (default {TRAIN_SEED})")
-  parser.add_argument("--weights", default=here.parent / "weights/toy", help="checkpoint (default weights/toy)")
-  parser.add_argument("--scenes", type=int, default=500, help="held-out scenes to measure on (default 500)")
-  args = parser.parse_args()
-  if args.eval:
-    sys.path.insert(0, str(here.parent))
-    import vlm
-    sys.exit(0 if evaluate(vlm.load(args.weights), args.scenes) else 1)
-  folder = args.make or args.example
+def make(folder, count, seed):
+  """Pictures and data.jsonl, one question a picture, as train.py takes them."""
   folder.mkdir(parents=True, exist_ok=True)
-  if args.example:
-    for name, i in EXAMPLES.items():
-      drawn = scene(EXAMPLE_SEED, i, (448, 336))
-      drawn.image.save(folder / name)
-      print(f"{name}: {caption(drawn)}")
-    return
   with open(folder / "data.jsonl", "w") as lines:
-    for i in range(args.count):
-      image, prefix, suffix = example(args.seed, i)
+    for i in range(count):
+      image, prefix, suffix = example(seed, i)
       image.save(folder / f"{i:06d}.png")
       lines.write(json.dumps({"image": f"{i:06d}.png", "prefix": prefix, "suffix": suffix}) + "\n")
 
 
+def make_examples(folder):
+  folder.mkdir(parents=True, exist_ok=True)
+  for name, i in EXAMPLES.items():
+    drawn = scene(EXAMPLE_SEED, i, (448, 336))
+    drawn.image.save(folder / name)
+    print(f"{name}: {caption(drawn)}")
+
+
+def arguments(argv):
+  """-> the options on a command line, without those that say nothing to what is to be done. Raises Fault."""
+  # resolve: --weights has another default here
+  p = vlm.Parser(prog="shapes.py", allow_abbrev=False, conflict_handler="resolve",
+                 description="A toy world of coloured shapes: make pictures, measure a model.")
+  vlm.add_arguments(p, answers=False)
+  group = p.add_mutually_exclusive_group(required=True)
+  group.add_argument("--make", metavar="DIR", type=Path, help="write pictures and data.jsonl there")
+  group.add_argument("--eval", action="store_true", help="measure a model; exit code 1 if it misses a must")
+  group.add_argument("--example", metavar="DIR", type=Path, nargs="?", const=Path(__file__).resolve().parent,
+                     help="write the example pictures (default: beside this file)")
+  p.add_argument("--count", type=int, metavar="N", help="pictures of --make (default 100)")
+  p.add_argument("--seed", type=int, metavar="S", help=f"of the pictures of --make (default {TRAIN_SEED})")
+  p.add_argument("--scenes", type=int, metavar="N", help="held-out scenes of --eval (default 500)")
+  p.add_argument("--weights", metavar="DIR", help="what --eval measures (default weights/toy)")
+  p.set_defaults(quiet=None)
+  args = p.parse_args(argv)
+  action = "eval" if args.eval else "make" if args.make else "example"
+  defaults = {"make": {"count": 100, "seed": TRAIN_SEED},
+              "eval": {"scenes": 500, "weights": ROOT / "weights" / "toy", "device": None, "quiet": False}}
+  for owner, options in defaults.items():
+    for option, default in options.items():
+      if getattr(args, option) is None:
+        setattr(args, option, default)
+      elif owner != action:
+        raise vlm.Fault(f"--{option} goes with --{owner}")
+  for option, least in (("count", 1), ("seed", 0), ("scenes", 1)):
+    if getattr(args, option) < least:
+      raise vlm.Fault(f"--{option}: at least {least}")
+  return args
+
+
+@vlm.program
+def main(argv):
+  args = arguments(argv)
+  if args.eval:
+    return 0 if evaluate(vlm.open_model(args), args.scenes) else 1
+  try:
+    make(args.make, args.count, args.seed) if args.make else make_examples(args.example)
+  except OSError as e:
+    raise vlm.Fault(f"{args.make or args.example}: {e.strerror}; choose another folder", code=1) from None
+
+
 if __name__ == "__main__":
-  main()
+  sys.exit(main())

@@ -1,11 +1,13 @@
-"""What the model looks at: `python vlm.py IMAGE PROMPT --show attention|patches [--layer N] [--out FILE]`.
+"""What the model looks at.
 
-attention: for each token of the answer, the picture lit where its attention over the image tokens went. patches: the
-word of the vocabulary that is nearest to each image token.
-
-    python examples/show.py --eval [--weights DIR] [--scenes 200]     does that mean anything, on the toy's scenes?
+    python examples/show.py attention IMAGE ... PROMPT [--layer N] [--out FILE]
+        for each token of the answer, the picture lit where its attention over the image tokens went
+    python examples/show.py patches IMAGE ... [PROMPT --layer N] [--out FILE]
+        on each image token the word of the vocabulary that is nearest to it, or to what layer N takes from it
+    python examples/show.py eval [--scenes 200]
+        does that mean anything, on the toy's scenes?
 """
-import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -13,55 +15,54 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tinygrad import Tensor
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vlm.py, wherever this is started from
 import vlm
-import batch
-import draw
 import shapes
-import train
+from batch import answer_all, batches, filled, pictures_of
 from vlm import Fault
 
+ROOT = Path(__file__).resolve().parents[1]
 ROUND = 16            # texts are padded to a multiple of this: answers of different lengths share programs
-NIGHT = (12, 16, 52)  # where nothing looks the picture fades to this blue: black would be like a dark photograph
-SMALL, STRIP, CELL = 160, 1010, 64  # pixels: longer side of a token's picture, width of the strip, width of a patch
+NIGHT = (12, 16, 52)  # where nothing looks the picture fades to this blue: black would be like a dark photo
+SMALL, STRIP, CELL = 160, 1010, 64  # pixels: longer side of a token's picture, width of all, of a patch
 
 
 # ---- 1. Attention ----
 
 
-def weights(q, k, scale, mask=None, softcap=0.0):
-  """What attention() of vlm.py, called with these and v, weighs v with -> (B, H, T, C); C of them add up to 1."""
+def attention_weights(q, k, scale, mask=None, softcap=0.0):
+  """What attention() of vlm.py, called with these and v, weighs v with -> (B, H, T, C); C of them add up to
+  1."""
   B, H, T, d = q.shape
   K, C = k.shape[1:3]
-  logits = vlm.matmul(q.reshape(B, K, H // K * T, d), k, batched=True)
+  logits = vlm.matmul(q.reshape(B, K, H // K * T, d), k)
   if softcap:
     logits, scale = vlm.soft_cap(logits, softcap, scale), 1.0
   if mask is not None:
     logits = mask.expand(B, 1, H // K, T, C).reshape(B, 1, H // K * T, C).where(logits, -np.inf)
-  above, total = vlm.softmax(logits, scale)
-  return (above / total).reshape(B, H, T, C)
+  return vlm.softmax(logits, scale).reshape(B, H, T, C)
 
 
-def listed(images):
-  """images as VLM.generate takes them, a picture or a list of pictures for each row -> a list of pictures for each."""
-  return [image if isinstance(image, (list, tuple)) else [image] for image in images]
-
-
-def forward(model, images, prompts, answers, watch):
-  """One pass over B rows of [image][prompt][answer][padding], outside any compiled program: watch(q, k, v, scale, mask,
-  softcap) sees what each layer of Gemma gives to attention(). images: as VLM.generate takes them; answers: lists of
-  tokens -> what comes out of the last layer (B, P + T, D), not yet computed, and the lengths of the prompts."""
+def watched_pass(model, images, prompts, answers, watch):
+  """One pass over B rows of [image][prompt][answer][padding], outside any compiled program: watch(q, k, v,
+  scale, mask, softcap) sees what each layer of Gemma gives to attention(). images: as VLM.generate takes
+  them; answers: lists of tokens -> what comes out of the last layer (B, P + T, D), not yet computed, and the
+  lengths of the prompts. Raises Fault."""
   c, gemma = model.config, model.net.language_model
-  rows, prompts = listed(images), [model.tokenizer.prompt(prompt) for prompt in prompts]
-  P = c.patches * len(rows[0])
-  start = [P + len(p) for p in prompts]
-  end = [n + len(a) for n, a in zip(start, answers)]
+  rows = [pictures_of(image) for image in images]
+  prompts = [model.tokenizer.prompt(prompt) for prompt in prompts]
+  P = c.vision.patches * len(rows[0])
+  start = [P + len(prompt) for prompt in prompts]
+  end = [n + len(answer) for n, answer in zip(start, answers)]
+  if max(end) > c.text.max_position_embeddings:
+    raise Fault(f"{max(end)} tokens of pictures and text do not fit into the context of "
+                f"{c.text.max_position_embeddings}; shorten the prompt")
   n = P + -(-(max(end) - P) // ROUND) * ROUND
   ids = np.array([p + a + [0] * (n - e) for p, a, e in zip(prompts, answers, end)], np.int32)
-  # As it was answered: prefix tokens all see each other, an answer's token what came before, as far as a window goes.
-  masks = [train.training_mask(start, end, n, window)[:, :, None] for window in (None, c.window)]
-  ids, *masks, cos, sin = (vlm.upload(t, model.device) for t in (ids, *masks, *vlm.rope_table(c, np.arange(n))))
-  image = Tensor.cat(*[model.image_features(image) for row in rows for image in row]).reshape(len(rows), P, -1)
+  # As it was answered: the prefix sees itself, an answer's token what came before, as far as a window goes.
+  ids, *sequence = (vlm.upload(t, model.device) for t in (ids, *vlm.whole_sequence(c.text, start, end, n)))
+  features = [model.image_features(image) for row in rows for image in row]
+  image = Tensor.cat(*features).reshape(len(rows), P, -1)
   plain = vlm.attention
   def watched(*args):
     watch(*args)
@@ -71,21 +72,21 @@ def forward(model, images, prompts, answers, watch):
     return out
   vlm.attention = watched
   try:
-    x = gemma(image.cat(gemma.embed(ids), dim=1).contiguous(), cos, sin, masks, [lambda k, v: (k, v)] * c.layers)
+    x = vlm.forward(gemma, image, gemma.embed(ids), *sequence)
   finally:
     vlm.attention = plain
-  return x, [len(p) for p in prompts]
+  return x, [len(prompt) for prompt in prompts]
 
 
-def attention(model, images, prompts, answers):
-  """images and prompts as VLM.generate takes them, answers: lists of tokens -> for each row float32 (layers, N, P): how
-  much of the attention, mean of all heads, that chose each of N tokens went to each of P image tokens. What is missing
-  to 1 went to the text. A token is chosen at the place before it."""
-  P, maps = model.config.patches * len(listed(images)[0]), []
+def attention_maps(model, images, prompts, answers):
+  """images and prompts as VLM.generate takes them, answers: lists of tokens -> for each row float32 (layers,
+  N, P): how much of the attention, mean of all heads, that chose each of N tokens went to each of P image
+  tokens. What is missing to 1 went to the text. A token is chosen at the place before it."""
+  P, maps = model.config.vision.patches * len(pictures_of(images[0])), []
   def watch(q, k, v, scale, mask, softcap):
     q, mask = q[:, :, P:].contiguous(), mask[:, :, :, P:].contiguous()  # only the text asks
-    maps.append(weights(q, k, scale, mask, softcap)[..., :P].mean(1).contiguous())  # (B, T, P)
-  x, lengths = forward(model, images, prompts, answers, watch)
+    maps.append(attention_weights(q, k, scale, mask, softcap)[..., :P].mean(1).contiguous())  # (B, T, P)
+  x, lengths = watched_pass(model, images, prompts, answers, watch)
   Tensor.realize(*maps)
   maps = np.stack([t.numpy() for t in maps])
   return [maps[:, i, n - 1:n - 1 + len(answer)] for i, (n, answer) in enumerate(zip(lengths, answers))]
@@ -95,42 +96,42 @@ def attention(model, images, prompts, answers):
 
 
 def words(tokenizer):
-  """-> {id: text} of what can be read as a word: letters or digits only, after a space or not. No <loc>, <seg>, control
-  or byte token, no punctuation."""
-  texts = {id: tokenizer.piece(id).decode(errors="replace").strip() for id in range(tokenizer.model.get_piece_size())
-           if not tokenizer.model.is_byte(id)}
+  """-> {id: text} of what can be read as a word: letters or digits only, after a space or not. No <loc>,
+  <seg>, control or byte token, no punctuation."""
+  base = tokenizer.model
+  texts = {id: tokenizer.piece(id).decode(errors="replace").strip() for id in range(base.get_piece_size())
+           if not base.is_byte(id)}
   return {id: text for id, text in texts.items() if text.isalnum()}
 
 
 def nearest(model, features, block=4096):
-  """features (N, D) -> for each the word whose row of the embedding matrix has the largest cosine with it, and those
-  cosines (N,)."""
+  """features (N, D) -> for each the word whose row of the embedding matrix has the largest cosine with it,
+  and those cosines (N,)."""
   known = words(model.tokenizer)
   ids, texts = np.array(list(known), np.int32), list(known.values())
   features = features / np.linalg.norm(features, axis=-1, keepdims=True).clip(1e-30)
-  best, where = np.full(len(features), -np.inf), np.zeros(len(features), int)
+  best, index = np.full(len(features), -np.inf), np.zeros(len(features), int)
   for i in range(0, len(ids), block):  # the whole matrix as float32 would be 2 GB
-    some = np.resize(ids[i:i + block], (1, min(block, len(ids))))  # the last block is filled up with repetitions
-    rows = model.net.language_model.embed_tokens(vlm.upload(some, model.device)).numpy()[0]
+    wanted = np.resize(ids[i:i + block], (1, min(block, len(ids))))  # the last one filled up with repetitions
+    rows = model.net.language_model.embed_tokens(vlm.upload(wanted, model.device)).numpy()[0]
     cosine = features @ (rows / np.linalg.norm(rows, axis=-1, keepdims=True).clip(1e-30)).T
-    found = cosine.argmax(1)
     better = cosine.max(1) > best
     best = np.where(better, cosine.max(1), best)
-    where = np.where(better, i + found % len(ids[i:i + block]), where)
-  return [texts[i] for i in where], best
+    index = np.where(better, i + cosine.argmax(1) % len(ids[i:i + block]), index)
+  return [texts[i] for i in index], best
 
 
-def taken(model, images, prompts):
-  """images and prompts as VLM.generate takes them -> for each layer float32 (B, P, D): what a token that looked only at
-  this image token would get from that layer's attention."""
-  c, out = model.config, []
-  P = c.patches * len(listed(images)[0])
+def contributions(model, images, prompts):
+  """images and prompts as VLM.generate takes them -> for each layer float32 (B, P, D): what a token that
+  looked only at this image token would get from that layer's attention."""
+  c, out = model.config.text, []
+  P, H, d = model.config.vision.patches * len(pictures_of(images[0])), c.num_attention_heads, c.head_dim
   def watch(q, k, v, *rest):
-    layer, (B, K, _, d) = model.net.language_model.layers[len(out)], v.shape
-    v = v[:, :, :P].reshape(B, K, 1, P, d).expand(B, K, c.heads // K, P, d).reshape(B, c.heads, P, d)
-    x = layer.self_attn.o_proj(v.transpose(1, 2).reshape(B, P, c.heads * d).contiguous())
+    layer, (B, K) = model.net.language_model.layers[len(out)], v.shape[:2]
+    v = v[:, :, :P].reshape(B, K, 1, P, d).expand(B, K, H // K, P, d).reshape(B, H, P, d)
+    x = layer.self_attn.o_proj(v.transpose(1, 2).reshape(B, P, H * d).contiguous())
     out.append((layer.post_attention_layernorm(x) if c.gemma2 else x).contiguous())
-  forward(model, images, prompts, [[]] * len(prompts), watch)
+  watched_pass(model, images, prompts, [[]] * len(prompts), watch)
   Tensor.realize(*out)
   return [t.numpy() for t in out]
 
@@ -152,8 +153,7 @@ def plain(text):
   return text.encode("latin-1", "backslashreplace").decode("latin-1")
 
 
-
-def fit(draw, text, width, size):
+def shorten(draw, text, width, size):
   """-> text, cut if need be, and its font, of this size or less, so that it is at most so wide."""
   for size in range(size, 8, -1):
     font = ImageFont.load_default(size=size)
@@ -165,8 +165,8 @@ def fit(draw, text, width, size):
 
 
 def light(image, heat):
-  """The picture with heat (G, G) on it: as it is where that is 1, towards NIGHT where it is less. A frame around the
-  largest."""
+  """The picture with heat (G, G) on it: as it is where that is 1, towards NIGHT where it is less. A frame
+  around the largest."""
   g = len(heat)
   shade = Image.fromarray(heat.astype(np.float32)).resize(image.size, Image.Resampling.BILINEAR)
   shade = Image.fromarray((255 * (.12 + .88 * np.asarray(shade).clip(0, 1))).astype(np.uint8))
@@ -178,22 +178,24 @@ def light(image, heat):
 
 
 def strip(pictures, maps, labels):
-  """PIL images of one question, maps (N, P of them all) and N labels -> one picture: a cell for each token, as many
-  rows as it takes. Under a cell: the token, and how much of its attention went to the pictures at all."""
+  """PIL images of one question, maps (N, P of them all) and N labels -> one picture: a cell for each token,
+  as many rows as it takes. Under a cell: the token, and how much of its attention went to the pictures at
+  all."""
   side, gap = round((maps.shape[1] / len(pictures)) ** .5), 6
-  small = [image.resize([max(1, round(s * SMALL / max(image.size))) for s in image.size], Image.Resampling.LANCZOS)
-           for image in pictures]
+  small = [image.resize([max(1, round(s * SMALL / max(image.size))) for s in image.size],
+                        Image.Resampling.LANCZOS) for image in pictures]
   width, height = sum(image.width for image in small), max(image.height for image in small)
   columns = max(1, min(len(labels), STRIP // (width + gap)))
   size = columns * (width + gap) + gap, -(-len(labels) // columns) * (height + 22 + gap) + gap
   sheet = Image.new("RGB", size, "white")
   pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
-  for i, (weights, text) in enumerate(zip(maps, labels)):
+  for i, (weights, text) in enumerate(zip(maps, labels)):  # of one token: (P,)
     x, y = gap + i % columns * (width + gap), gap + i // columns * (height + 22 + gap)
-    text, large = fit(pen, text, width - 36, 15)
+    text, large = shorten(pen, text, width - 36, 15)
     pen.text((x + 2, y + height + 11), text, fill="black", font=large, anchor="lm")
-    pen.text((x + width, y + height + 11), f"{100 * weights.sum():.0f} %", fill="#777777", font=font, anchor="rm")
-    # Each to its own largest, or what is spread wide would not be seen; but what is next to nothing stays dark.
+    percent = f"{100 * weights.sum():.0f} %"
+    pen.text((x + width, y + height + 11), percent, fill="#777777", font=font, anchor="rm")
+    # Each to its own largest, or what is spread wide would not be seen; what is next to nothing stays dark.
     heats = weights / max(weights.max(), maps.max() / 4, 1e-30)
     for image, heat in zip(small, heats.reshape(len(small), side, side)):
       sheet.paste(light(image, heat), (x, y))
@@ -202,8 +204,8 @@ def strip(pictures, maps, labels):
 
 
 def grid(image, texts, near):
-  """PIL image and, for each image token, row by row, a text and its cosine -> a larger picture with all of them on it,
-  the farther the fainter."""
+  """PIL image and, for each image token, row by row, a text and its cosine -> a larger picture with all of
+  them on it, the farther the fainter."""
   side = round(len(texts) ** .5)
   w, h = CELL, max(18, round(CELL * image.height / image.width))
   image = image.resize((w * side, h * side), Image.Resampling.LANCZOS)
@@ -212,7 +214,7 @@ def grid(image, texts, near):
   for i, text in enumerate(texts):
     x, y, alpha = i % side * w, i // side * h, round(255 * max(.2, near[i] / max(near.max(), 1e-30)))
     pen.rectangle((x, y, x + w, y + h), outline="#80808080")
-    text, font = fit(pen, plain(text), w - 6, 14)
+    text, font = shorten(pen, plain(text), w - 6, 14)
     pen.text((x + w / 2, y + h / 2), text, (255, 255, 255, alpha), font, "mm", stroke_width=1,
              stroke_fill=(0, 0, 0, alpha))
   image.paste(lines, mask=lines)
@@ -229,8 +231,8 @@ def side_by_side(images):
 # ---- 4. Does it mean anything ----
 
 
-def inside(box, size, side):
-  """Box in pixels of a picture of this size -> how much of each patch lies in it (P,), and whether its centre does."""
+def patches_in(box, size, side):
+  """Box in pixels of a picture -> of each patch the share inside, and whether its centre does."""
   shares, centers = [], []
   for low, high in ((box[1] / size[1], box[3] / size[1]), (box[0] / size[0], box[2] / size[0])):  # y, then x
     edge = np.arange(side + 1) / side
@@ -240,8 +242,9 @@ def inside(box, size, side):
 
 
 def color_words(model, task, scene, prefix, answer):
-  """-> (place in the answer, the Object that is meant) for each colour word that is true, and how many are not."""
-  texts, found, wrong = [model.tokenizer.piece(id).decode(errors="replace").strip() for id in answer.tokens], [], 0
+  """-> (place in the answer, the Object that is meant) for each true colour word; how many are untrue."""
+  texts = [model.tokenizer.piece(id).decode(errors="replace").strip() for id in answer.tokens]
+  found, wrong = [], 0
   for i, text in enumerate(texts):
     if text in shapes.COLORS:
       shape = prefix.rstrip("?").split()[-1] if task == "color" else (texts + [""])[i + 1]
@@ -252,27 +255,32 @@ def color_words(model, task, scene, prefix, answer):
 
 
 def evaluate(model, count):
-  """Print how often the attention of a colour word and the nearest words are about the shape that they should be about,
-  on held-out scenes -> {task: of all layers and of each, (layers + 1, 2)}."""
+  """Print how often the attention of a colour word and the nearest words are about the shape that they should
+  be about, on held-out scenes -> {task: of all layers and of each, (layers + 1, 2)}."""
   scenes = [shapes.scene(shapes.TEST_SEED, i) for i in range(count)]
-  side = model.config.image_size // model.config.patch_size
+  side = round(model.config.vision.patches ** .5)
   results, chance, others, wrong = attention_of_colors(model, scenes, side)
+  vlm.progress("")
   if not all(results.values()):
-    raise Fault("the answers name no colour that is there: --eval is for weights that know the toy world", code=1)
+    raise Fault("the answers name no colour that is there: eval is for weights that know the toy world",
+                code=1)
   means = {task: np.mean(values, 0) for task, values in results.items()}  # (layers + 1, 2)
   def line(title, cells):  # two cells for each of two tasks
-    print(f"{title:20}" + "".join(f"{cell:14.3f}" if isinstance(cell, float) else f"{cell:>14}" for cell in cells))
+    cells = [f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells]
+    print(f"{title:20}" + "".join(f"{cell:>14}" for cell in cells))
   print(f"{count} held-out scenes. Where the attention of a colour word falls, as a mean of all heads:\n")
   line("", ["caption en", "", "what color", "is ...?"])
   line("", ["maximum", "mass"] * 2)
-  for i in range(model.config.layers + 1):
+  for i in range(model.config.text.num_hidden_layers + 1):
     line(f"layer {i}" if i else "all layers", [float(v) for task in means for v in means[task][i]])
   line("the box's area", [float(np.mean(chance[task])) for task in means for _ in range(2)])
   line("on another shape", [v for task in means for v in (float(np.mean(others[task])), "")])
   line("words", [v for task in means for v in (len(results[task]), "")])
   line("untrue, left out", [v for task in means for v in (wrong[task], "")])
   patches = patches_of_shapes(model, scenes, side)
-  print(f"\nThe nearest of {len(words(model.tokenizer))} words, of {len(patches[0])} patches within one shape:\n")
+  vlm.progress("")
+  known = len(words(model.tokenizer))
+  print(f"\nThe nearest of {known} words, of {len(patches[0])} patches within one shape:\n")
   line("", ["its colour", "its shape"])
   for i, result in enumerate(patches):
     line(f"layer {i} takes" if i else "projected", np.mean(result, 0).tolist())
@@ -280,9 +288,10 @@ def evaluate(model, count):
 
 
 def attention_of_colors(model, scenes, side):
-  """-> {task: for each colour word of the answers (layers + 1, 2): whether the largest attention lies in the box of the
-  shape that it names, and which share of all attention to the picture does}, first of all layers, then of each; {task:
-  areas of the boxes}; {task: whether the largest of all layers lies in another's box instead}; {task: untrue words}."""
+  """-> {task: for each colour word of the answers (layers + 1, 2): whether the largest attention lies in the
+  box of the shape that it names, and which share of all attention to the picture does}, first of all layers,
+  then of each; {task: areas of the boxes}; {task: whether the largest of all layers lies in another's box
+  instead}; {task: untrue words}."""
   asked, tasks = [], ("caption", "color")
   results, chance, others = ({task: [] for task in tasks} for _ in range(3))
   wrong = dict.fromkeys(tasks, 0)
@@ -290,112 +299,141 @@ def attention_of_colors(model, scenes, side):
     rng, pools = np.random.default_rng((shapes.TEST_SEED, i, 2)), shapes.questions(scene)
     asked += [(task, scene, *pools[task][rng.integers(len(pools[task]))]) for task in tasks if pools[task]]
   asked.sort(key=lambda question: question[0])
-  for start in range(0, len(asked), shapes.BATCH):
-    batch = asked[start:start + shapes.BATCH]
-    _, drawn, prompts, _ = zip(*batch, *batch[-1:] * (shapes.BATCH - len(batch)))  # the last one is filled up
-    images = [scene.image for scene in drawn]
-    answers = model.generate(images, list(prompts), max_tokens=shapes.MAX_TOKENS)
-    maps = attention(model, images, prompts, [answer.tokens for answer in answers])
-    for (task, scene, prefix, _), answer, seen in zip(batch, answers, maps):
+  answered, done = [], 0
+  for answer in answer_all(model, [(scene.image, prefix) for _, scene, prefix, _ in asked], shapes.BATCH,
+                           max_tokens=shapes.MAX_TOKENS):
+    answered.append(answer)
+    vlm.terminal.bar(len(answered), len(asked), "questions answered")
+  rows = [([scene.image], prefix, answer, task, scene)
+          for (task, scene, prefix, _), answer in zip(asked, answered)]
+  for batch in batches(rows, shapes.BATCH):
+    images, prompts, answers, *_ = zip(*filled(batch, shapes.BATCH))
+    maps = attention_maps(model, images, prompts, [answer.tokens for answer in answers])
+    for (_, prefix, answer, task, scene), layers in zip(batch, maps):
       found, untrue = color_words(model, task, scene, prefix, answer)
       wrong[task] += untrue
       for i, obj in found:
-        heat = np.concatenate([seen[:, i].mean(0, keepdims=True), seen[:, i]])  # (layers + 1, P)
-        shares, centers = inside(obj.box, scene.image.size, side)
+        heat = np.concatenate([layers[:, i].mean(0, keepdims=True), layers[:, i]])  # (layers + 1, P)
+        shares, centers = patches_in(obj.box, scene.image.size, side)
         results[task].append(np.stack([centers[heat.argmax(1)], heat @ shares / heat.sum(1)], 1))
         chance[task].append(shares.mean())
-        rest = [inside(other.box, scene.image.size, side)[1] for other in scene.objects if other != obj]
-        others[task].append(not centers[heat[0].argmax()] and any(centers[heat[0].argmax()] for centers in rest))
+        hot = heat[0].argmax()
+        rest = [patches_in(other.box, scene.image.size, side)[1] for other in scene.objects if other != obj]
+        others[task].append(not centers[hot] and any(other[hot] for other in rest))
+    done += len(batch)
+    vlm.terminal.bar(done, len(rows), "answers watched")
   return results, chance, others, wrong
 
 
 def patches_of_shapes(model, scenes, side):
-  """-> for the projected features and what each layer takes, a list of (nearest word is its colour, is its name) for
-  each patch of which at least 80 % lie within one shape, and nothing within another."""
-  results = [[] for _ in range(model.config.layers + 1)]
-  for start in range(0, len(scenes), shapes.BATCH):
-    batch = scenes[start:start + shapes.BATCH]
-    images = [scene.image for scene in batch + batch[-1:] * (shapes.BATCH - len(batch))]
-    projected = np.concatenate([model.image_features(image).numpy() for image in images])  # (B, P, D)
-    for result, features in zip(results, [projected] + taken(model, images, ["caption en"] * len(images))):
+  """-> for the projected features and what each layer takes, a list of (nearest word is its colour, is its
+  name) for each patch of which at least 80 % lie within one shape, and nothing within another."""
+  results, done = [[] for _ in range(model.config.text.num_hidden_layers + 1)], 0
+  for batch in batches([([scene.image], "caption en", scene) for scene in scenes], shapes.BATCH):
+    images, prompts, _ = zip(*filled(batch, shapes.BATCH))
+    projected = np.concatenate([model.image_features(image).numpy() for [image] in images])  # (B, P, D)
+    for result, features in zip(results, [projected, *contributions(model, images, prompts)]):
       texts = np.array(nearest(model, features.reshape(-1, features.shape[-1]))[0]).reshape(len(images), -1)
-      for scene, labels in zip(batch, texts):
+      for (_, _, scene), labels in zip(batch, texts):
         covers = np.stack([np.asarray(obj.coverage.resize((side, side), Image.Resampling.BOX)).ravel() / 255
                            for obj in scene.objects])  # (objects, P)
         for obj, cover in zip(scene.objects, covers):
-          own = (cover >= .8) & (covers.sum(0) == cover)
-          result += [(text == obj.color, text == obj.shape) for text in labels[own]]
+          within = (cover >= .8) & (covers.sum(0) == cover)
+          result += [(text == obj.color, text == obj.shape) for text in labels[within]]
+    done += len(batch)
+    vlm.terminal.bar(done, len(scenes), "scenes read")
   return results
 
 
 # ---- 5. Command line ----
 
 
-def add_arguments(parser):
-  """The options of `python vlm.py` that show what the model looks at."""
-  g = parser.add_argument_group("looking inside")
-  g.add_argument("--show", choices=("attention", "patches"), help="a picture of where each token of the answer looked, "
-                 "or of the word nearest to each image token (--out, default: IMAGE.attention.png, IMAGE.patches.png)")
-  g.add_argument("--layer", type=int, metavar="N", help="of the Nth layer alone, 1 the first: where it looked, or what "
-                 "it takes from each image token")
+def draw_attention(model, args, pictures, prompt):
+  """-> the answer's text and the picture, None of an empty answer."""
+  [answer] = model.generate([pictures], [prompt], **vlm.sampling(args))
+  if not answer.tokens:
+    return answer.text, None
+  [maps] = attention_maps(model, [pictures], [prompt], [answer.tokens])
+  maps = maps[args.layer - 1] if args.layer else maps.mean(0)
+  return answer.text, strip(pictures, maps, [label(model.tokenizer, id) for id in answer.tokens])
 
 
-def check(args):
-  """What can be wrong with these options, before the slow part. Raises Fault."""
-  if args.layer is not None and not args.show:
-    raise Fault("--layer goes with --show")
+def draw_patches(model, args, pictures, prompt):
+  """-> the picture."""
+  if args.layer:
+    features = contributions(model, [pictures], [prompt])[args.layer - 1][0]  # (P, D)
+  else:
+    features = np.concatenate([model.image_features(picture).numpy()[0] for picture in pictures])
+  texts, near = nearest(model, features)
+  each = model.config.vision.patches
+  return side_by_side([grid(picture, texts[i * each:(i + 1) * each], near[i * each:(i + 1) * each])
+                       for i, picture in enumerate(pictures)])
+
+
+def split_words(args):
+  """The words of a command line -> names of pictures, and the prompt or None. Raises Fault."""
+  *names, prompt = args.words if args.what == "attention" or args.layer else [*args.words, None]
+  if prompt is None and not os.path.isfile(names[-1]):
+    raise Fault(f"{names[-1]}: no such image; a prompt goes with --layer N, for without it nothing is asked")
+  if prompt is not None and (not names or os.path.isfile(prompt)):
+    raise Fault(f"what is asked? give a prompt after {prompt}")
+  return names, prompt
+
+
+COMMANDS = {  # its words, what it does
+  "attention": ("IMAGE ... PROMPT", "the picture for each token of the answer, lit where its attention went"),
+  "patches": ("IMAGE ... [PROMPT --layer N]", "on each image token the word whose embedding is nearest, or "
+              "nearest to what the attention of --layer takes from that token once the prompt is read")}
+EVAL = "measures both on held-out scenes of examples/shapes.py, with weights/toy unless told otherwise"
+
+
+def add_commands(p):
+  commands = p.add_subparsers(dest="what", metavar="attention|patches|eval", required=True)
+  for what, (words, does) in COMMANDS.items():
+    command = commands.add_parser(what, usage=f"show.py {what} {words} [options]", description=does,
+                                  help=does, allow_abbrev=False)
+    command.add_argument("words", nargs="+", metavar="IMAGE ... PROMPT", help="pictures, then the prompt")
+    command.add_argument("--layer", type=int, metavar="N", help="of that layer alone, 1 the first")
+    command.add_argument("--out", metavar="FILE", help=f"what to write (default: IMAGE.{what}.png here)")
+    vlm.add_arguments(command, answers=what == "attention")
+  command = commands.add_parser("eval", description=EVAL, help=EVAL, allow_abbrev=False)
+  command.add_argument("--scenes", type=int, default=200, metavar="N", help="how many (default %(default)s)")
+  vlm.add_arguments(command, answers=False)
+  command.set_defaults(weights=str(ROOT / "weights" / "toy"))
+
+
+@vlm.program
+def main(argv):
+  p = vlm.Parser(prog="show.py", description="What the model looks at.", allow_abbrev=False)
+  add_commands(p)
+  args = p.parse_args(argv)
+  if args.what == "eval":
+    if args.scenes < 1:
+      raise Fault("--scenes: at least 1")
+    evaluate(vlm.open_model(args), args.scenes)
+    return
   if args.layer is not None and args.layer < 1:
     raise Fault(f"--layer {args.layer}: the first layer is 1")
-  others = {"--train": args.train is not None, "--batch": isinstance(args.batch, str), "--json": args.json}
-  for flag, given in others.items():
-    if args.show and given:
-      raise Fault(f"--show makes a picture of one answer; leave out {flag}")
-  if args.show == "attention" and args.inputs and batch.split(args.inputs)[1] is None:
-    raise Fault("--show attention shows an answer, so it needs a prompt")
-
-
-def run(model, names, prompt, args):
-  """What `python vlm.py --show` does with a loaded model -> exit code. Raises Fault."""
-  if args.layer and args.layer > model.config.layers:
-    raise Fault(f"--layer {args.layer}: this model has {model.config.layers}")
-  pictures, out = [vlm.open_image(name) for name in names], args.out or f"{Path(names[0]).stem}.{args.show}.png"
-  draw.check_output(out, names)
-  if args.show == "patches":
-    if args.layer:
-      features = taken(model, [pictures], [prompt])[args.layer - 1][0]
-    else:
-      features = np.concatenate([model.image_features(picture).numpy()[0] for picture in pictures])
-    texts, near = nearest(model, features)
-    parts = [slice(i, i + model.config.patches) for i in range(0, len(texts), model.config.patches)]
-    grids = [grid(picture, texts[part], near[part]) for picture, part in zip(pictures, parts)]
-    draw.save_picture(side_by_side(grids), out, names)
-    vlm.say(args, f"nearest words of {len(texts)} image tokens drawn: {out}")
-    return 0
-  [answer] = model.generate([pictures], [prompt], max_tokens=args.max_tokens, temperature=args.temperature,
-                            top_k=args.top_k, top_p=args.top_p, seed=args.seed)
-  vlm.status("")
-  print(answer.text, flush=True)
-  if not answer.tokens:
-    vlm.say(args, f"the answer is empty: {out} not written")
-    return 0
-  [maps] = attention(model, [pictures], [prompt], [answer.tokens])
-  maps = maps[args.layer - 1] if args.layer else maps.mean(0)
-  labels = [label(model.tokenizer, id) for id in answer.tokens]
-  draw.save_picture(strip(pictures, maps, labels), out, names)
-  vlm.say(args, f"attention of {len(labels)} tokens drawn: {out}")
-  return 0
+  names, prompt = split_words(args)
+  args.out = f"{Path(names[0]).stem}.{args.what}.png" if args.out is None else args.out
+  vlm.terminal.check(args, names, prompt)  # all that can be wrong, before the slow part
+  if args.what == "attention":
+    vlm.sampling(args)
+  pictures, model = [vlm.open_image(name) for name in names], vlm.open_model(args)
+  if args.layer and args.layer > model.config.text.num_hidden_layers:
+    raise Fault(f"--layer {args.layer}: this model has {model.config.text.num_hidden_layers}")
+  if args.what == "attention":
+    text, picture = draw_attention(model, args, pictures, prompt)
+    vlm.progress("")
+    print(text, flush=True)
+  else:
+    picture = draw_patches(model, args, pictures, prompt)
+  if picture is None:
+    vlm.say(args, f"the answer is empty: {args.out} not written")
+    return
+  vlm.beside("draw").save_picture(picture, args.out, names)
+  vlm.say(args, f"{args.what} drawn: {args.out}")
 
 
 if __name__ == "__main__":
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--eval", action="store_true", required=True, help="measure both pictures on held-out scenes")
-  parser.add_argument("--weights", default=Path(__file__).resolve().parents[1] / "weights/toy",
-                      help="checkpoint (default weights/toy)")
-  parser.add_argument("--scenes", type=int, default=200, help="held-out scenes to measure on (default 200)")
-  options = parser.parse_args()
-  try:
-    if options.scenes < 1:
-      raise Fault("--scenes: at least 1")
-    evaluate(vlm.load(options.weights), options.scenes)
-  except Fault as e:
-    sys.exit(f"show: {e}")
+  sys.exit(main())

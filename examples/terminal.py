@@ -35,18 +35,41 @@ def say(text):
     print(text, file=sys.stderr)
 
 
+def some(names, most=3):
+  """A list of names as text; of a long one its beginning."""
+  return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
+
+
 # ---- 2. What was typed ----
 
 
-def moved(message):
-  """What argparse says -> the same, or which program has the option now."""
+def moved(program, message):
+  """What argparse says -> the same, or which program has the option now that vlm.py once had."""
   word = message.split(": ")[-1].split()[0].split("=")[0]
-  return f"{word} is a program of its own: python examples/{MOVED[word]}.py" if word in MOVED else message
+  known = program == "vlm.py" and word in MOVED
+  return f"{word} is a program of its own: python examples/{MOVED[word]}.py" if known else message
+
+
+SHIPPED = "toy", "tiny1", "tiny2", "tiny2-28b"
+
+
+def default_weights(root):
+  """The largest checkpoint under root/weights; what was downloaded or trained comes before what ships. Raises Fault."""
+  found = []
+  for config in root.glob("weights/*/config.json"):
+    size = sum(file.stat().st_size for file in config.parent.glob("*.safetensors"))
+    if size:
+      found.append((config.parent.name not in SHIPPED, size, config.parent))
+  if not found:
+    raise Fault("no checkpoint under weights/; name one with --weights, or get one (README.md, A real photograph)")
+  return max(found)[-1]
 
 
 def find_weights(name, root):
   """A folder, or a repository of the hub, looked for under root/weights and in Hugging Face's cache: what transformers
-  has downloaded need not be downloaded again -> folder. Raises Fault."""
+  has downloaded need not be downloaded again -> folder. None: see default_weights. Raises Fault."""
+  if name is None:
+    return default_weights(root)
   name, folder = str(name), Path(name)
   if name.endswith(".npz"):
     raise Fault(f"{name}: convert it once, python examples/big_vision.py {name} DIR, and name that folder")
@@ -59,7 +82,11 @@ def find_weights(name, root):
       return place
   get = (f"; accept its licence at huggingface.co/{name}, then: hf download {name} --local-dir weights/{folder.name}"
          if name.count("/") == 1 else "")
-  raise Fault(f"--weights {name}: no such folder, here, under weights/ or in Hugging Face's cache{get}")
+  raise Fault(f"{name}: no such folder, here, under weights/ or in Hugging Face's cache{get}")
+
+
+def add_arguments(parser):
+  parser.add_argument("--out", metavar="FILE", help="where boxes are drawn (default: IMAGE.boxes.png here)")
 
 
 def check(args, images, prompt):
@@ -100,7 +127,7 @@ class Drawing:
       say(f"{len(self.boxes)} {'box' if len(self.boxes) == 1 else 'boxes'} drawn: {out}")
     elif args.out:
       say(f"no boxes in the answer: {args.out} not written")
-    if self.trouble and type(self.trouble).__name__ != "Missing":
+    if self.trouble and self.trouble.code:
       raise self.trouble
     if self.trouble:
       say(str(self.trouble))

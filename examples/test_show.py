@@ -1,10 +1,11 @@
-"""Tests of examples/show.py: what it shows is what the model does, on the tiny checkpoints and on the toy. `-k live`
-compares with transformers, as in test_vlm.py."""
+"""Tests of examples/show.py: what it shows is what the model does, on the tiny checkpoints and on the toy.
+`-k live` compares with transformers, as in test_vlm.py."""
 import functools
 import importlib
 import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,16 +15,14 @@ from PIL import Image
 from tinygrad import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "examples"))
-import compiled
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vlm.py, wherever this is started from
 import golden
 import shapes
 import show
 import vlm
 
-compiled.KEPT = 0  # tests put functions of their own into a model
-README = (ROOT / "README.md").read_text()
-SHIPPED = re.findall(r"^(python vlm\.py .* --show .* --out (\S+\.png))$", README, flags=re.M)
+vlm.kernels.KEPT = 0  # tests put functions of their own into a model
+PAGES = [page.read_text() for page in (ROOT / "README.md", ROOT / "examples/README.md") if page.exists()]
 PICTURE, PROMPT = str(ROOT / "examples" / "shapes.png"), "detect red circle"
 
 @functools.cache
@@ -41,16 +40,16 @@ def toy(monkeypatch):
 
 @functools.cache
 def answered(kind, count=1):
-  """-> images, prompts, tokens of a batch of two questions about `count` pictures each, of different lengths"""
+  """-> images, prompts, tokens of a batch: two questions of different lengths, `count` pictures each"""
   m, prompts = model(kind), ["caption en", "answer en what color is the star?"]
   scenes = [[shapes.scene(shapes.VALID_SEED, 2 * row + i).image for i in range(count)] for row in range(2)]
   answers = m.generate(scenes, prompts, max_tokens=20)
   return scenes, prompts, [answer.tokens for answer in answers]
 
-def watched(kind, count=1):
+def seen_by_layers(kind, count=1):
   """-> hidden states (B, P + T, D), prompt lengths, (q, k, v, scale, mask, softcap) of each layer"""
   seen = []
-  x, lengths = show.forward(model(kind), *answered(kind, count), lambda *args: seen.append(args))
+  x, lengths = show.watched_pass(model(kind), *answered(kind, count), lambda *args: seen.append(args))
   Tensor.realize(x, *(t for args in seen for t in args[:3]))
   return x, lengths, seen
 
@@ -59,8 +58,8 @@ def watched(kind, count=1):
 def test_the_pass_that_is_shown_chooses_the_answer(kind, count):
   """in tiny2 an answer is longer than the window, and there are soft-caps"""
   m, (_, _, answers) = model(kind), answered(kind, count)
-  x, lengths, _ = watched(kind, count)
-  P = m.config.patches * count
+  x, lengths, _ = seen_by_layers(kind, count)
+  P = m.config.vision.patches * count
   logits = m.net.language_model.logits(x[:, P:].contiguous()).numpy()
   assert any(answers)
   for row, n, tokens in zip(logits, lengths, answers):
@@ -68,8 +67,8 @@ def test_the_pass_that_is_shown_chooses_the_answer(kind, count):
 
 @pytest.mark.parametrize("kind", ["tiny1", "tiny2", "toy"])
 def test_weights_times_v_is_the_attention(kind):
-  for q, k, v, *rest in watched(kind)[2]:
-    weights = show.weights(q, k, *rest).numpy()  # (B, H, T, C)
+  for q, k, v, *rest in seen_by_layers(kind)[2]:
+    weights = show.attention_weights(q, k, *rest).numpy()  # (B, H, T, C)
     B, H, T, _ = weights.shape
     values = np.repeat(v.numpy(), H // k.shape[1], 1)
     mixed = (weights @ values).transpose(0, 2, 1, 3).reshape(B, T, -1)
@@ -80,36 +79,38 @@ def test_weights_times_v_is_the_attention(kind):
 def test_maps_are_those_weights(kind, count):
   """of the place before each token, on image tokens, mean of the heads"""
   m, (_, _, answers) = model(kind), answered(kind, count)
-  maps = show.attention(m, *answered(kind, count))
-  _, lengths, seen = watched(kind, count)
-  P = m.config.patches * count
+  maps = show.attention_maps(m, *answered(kind, count))
+  _, lengths, seen = seen_by_layers(kind, count)
+  P = m.config.vision.patches * count
   for i, (n, tokens) in enumerate(zip(lengths, answers)):
-    assert maps[i].shape == (m.config.layers, len(tokens), P)
+    assert maps[i].shape == (m.config.text.num_hidden_layers, len(tokens), P)
     for layer, (q, k, v, *rest) in enumerate(seen):
-      whole = show.weights(q, k, *rest).numpy()[i].mean(0)  # (T, C)
+      whole = show.attention_weights(q, k, *rest).numpy()[i].mean(0)  # (T, C)
       assert np.allclose(maps[i][layer], whole[P + n - 1:P + n - 1 + len(tokens), :P], atol=1e-5)
 
 def test_a_batch_is_its_rows_and_nothing_is_left_behind():
   images, prompts, answers = answered("toy")
   plain = vlm.attention
-  both = show.attention(model("toy"), images, prompts, answers)
+  both = show.attention_maps(model("toy"), images, prompts, answers)
   assert vlm.attention is plain
   for i in range(2):
-    [alone] = show.attention(model("toy"), images[i:i + 1], prompts[i:i + 1], answers[i:i + 1])
+    [alone] = show.attention_maps(model("toy"), images[i:i + 1], prompts[i:i + 1], answers[i:i + 1])
     assert np.allclose(alone, both[i], atol=1e-5)
   def fail(*args):
     raise KeyboardInterrupt
   with pytest.raises(KeyboardInterrupt):
-    show.forward(model("toy"), images, prompts, answers, fail)
+    show.watched_pass(model("toy"), images, prompts, answers, fail)
   assert vlm.attention is plain
+  with pytest.raises(vlm.Fault, match="context"):
+    show.contributions(model("toy"), images, ["word " * 9000] * 2)
 
 def test_many_queries_are_watched_once(monkeypatch):
   """attention() calls itself for parts of them"""
   monkeypatch.setattr(vlm, "CHUNK", 40)
   images, prompts, answers = answered("toy")
   seen = []
-  show.forward(model("toy"), images, prompts, answers, lambda q, *rest: seen.append(q.shape[2]))
-  assert len(seen) == model("toy").config.layers and min(seen) > 64
+  show.watched_pass(model("toy"), images, prompts, answers, lambda q, *rest: seen.append(q.shape[2]))
+  assert len(seen) == model("toy").config.text.num_hidden_layers and min(seen) > 64
 
 # ---- words ----
 def test_words():
@@ -126,27 +127,29 @@ def test_nearest():
   ids = list(texts)[::7] + list(texts)[-1:]
   found, cosines = show.nearest(m, 3 * embedding[ids])  # longer is no nearer
   assert found == [texts[id] for id in ids] and np.allclose(cosines, 1, atol=1e-5)
-  features = np.random.default_rng(0).standard_normal((40, m.config.width)) + embedding[m.tokenizer.ids["<loc0100>"]]
+  features = np.random.default_rng(0).standard_normal((40, m.config.text.hidden_size))
+  features += embedding[m.tokenizer.ids["<loc0100>"]]
   rows = embedding[list(texts)]
   cosine = features @ rows.T / np.linalg.norm(rows, axis=1) / np.linalg.norm(features, axis=1, keepdims=True)
   for block in (10, 50, 4096):  # the last block is not full
     found, best = show.nearest(m, features, block)
-    assert found == [list(texts.values())[i] for i in cosine.argmax(1)] and np.allclose(best, cosine.max(1), atol=1e-5)
+    assert found == [list(texts.values())[i] for i in cosine.argmax(1)]
+    assert np.allclose(best, cosine.max(1), atol=1e-5)
 
 @pytest.mark.parametrize("kind", ["tiny1", "tiny2"])
-def test_taken_is_the_attention_to_one_token(kind):
+def test_contributions_are_the_attention_to_one_token(kind):
   m, (images, prompts, _) = model(kind), answered(kind)
-  taken = show.taken(m, images, prompts)
-  seen = []
-  show.forward(m, images, prompts, [[], []], lambda *args: seen.append(args))
-  for layer, (block, values, (q, k, v, scale, _, softcap)) in enumerate(zip(m.net.language_model.layers, taken, seen)):
+  contributions = show.contributions(m, images, prompts)
+  seen, layers = [], m.net.language_model.layers
+  show.watched_pass(m, images, prompts, [[], []], lambda *args: seen.append(args))
+  for block, values, (q, k, v, scale, _, softcap) in zip(layers, contributions, seen, strict=True):
+    n = k.shape[2]
     for patch in (0, 9):
-      only = vlm.upload(np.arange(k.shape[2]).reshape(1, 1, 1, 1, -1) == patch, m.device).expand(2, 1, 1, 1, k.shape[2])
+      only = vlm.upload(np.arange(n).reshape(1, 1, 1, 1, n) == patch, m.device).expand(2, 1, 1, 1, n)
       right = block.self_attn.o_proj(vlm.attention(q[:, :, :2].contiguous(), k, v, scale, only, softcap))
-      right = (block.post_attention_layernorm(right) if m.config.gemma2 else right).numpy()
+      right = (block.post_attention_layernorm(right) if m.config.text.gemma2 else right).numpy()
       assert np.abs(values[:, patch] - right[:, 0]).max() < 1e-4 * right.std()
       assert np.abs(right[:, 0] - right[:, 1]).max() < 1e-4 * right.std()  # whoever looks
-  assert len(taken) == m.config.layers == layer + 1
 
 # ---- pictures ----
 def test_strip_has_a_cell_for_each_token():
@@ -186,9 +189,11 @@ def test_grid():
   assert sheet.size == (512, 384)
   cells = np.asarray(sheet, float).mean(2).reshape(8, 48, 8, 64)[:, 4:-4, :, 4:-4]
   loud = np.abs(cells - 128).max((1, 3))
-  assert np.unravel_index(loud.argmax(), loud.shape) == (1, 1) and loud.min() > 10 and np.sort(loud.ravel())[-2] < 60
+  assert np.unravel_index(loud.argmax(), loud.shape) == (1, 1)
+  assert loud.min() > 10 and np.sort(loud.ravel())[-2] < 60
   long = show.grid(picture, ["Donaudampfschifffahrtsgesellschaft日本語"] * 64, near)
-  assert np.abs(np.asarray(long, float).mean(2).reshape(384, 8, 64)[:, :, -2:] - 128).max() < 5  # none leaves its cell
+  edges = np.asarray(long, float).mean(2).reshape(384, 8, 64)[:, :, -2:]
+  assert np.abs(edges - 128).max() < 5  # none leaves its cell
 
 def test_labels():
   tokenizer = model("toy").tokenizer
@@ -200,10 +205,11 @@ def test_labels():
 
 # ---- does it mean anything ----
 def test_it_means_something_on_the_toy(capsys):
-  """what README.md says of 200 scenes, on 50"""
-  section = README.split("## What it looks at")[1].split("\n## ")[0]
-  rows = [[float(v) for v in re.findall(r"\d\.\d{3}", line)] for line in section.splitlines() if line.startswith("|")]
-  rows = [row for row in rows if row]
+  """what is printed of 200 scenes in a README, on 50"""
+  titles = "mean of all layers|layer 1 alone|layer 2|layer 3|layer 4|projected features|taken by layer 1"
+  rows = [[float(v) for v in re.findall(r"\d\.\d{3}", line)] for page in PAGES
+          for line in re.findall(rf"^\| (?:{titles}) \|.*$", page, flags=re.M)]
+  assert list(map(len, rows)) == [4] * 5 + [2] * 5
   results = show.evaluate(model("toy"), 50)
   for task in ("caption", "color"):
     assert results[task].shape == (5, 2)
@@ -215,7 +221,7 @@ def test_it_means_something_on_the_toy(capsys):
   for i in range(5):
     caption, color = results["caption"][i], results["color"][i]
     assert np.abs(np.array(rows[i]) - [caption[0], color[0], caption[1], color[1]]).max() < .15
-    assert np.abs(np.array(rows[-5 + i]) - results["patches"][i]).max() < .1
+    assert np.abs(np.array(rows[5 + i]) - results["patches"][i]).max() < .1
   out = capsys.readouterr().out
   [line] = re.findall(r"all layers +([\d. ]+)\n", out)
   right = [float(v) for task in ("caption", "color") for v in results[task][0]]
@@ -226,82 +232,121 @@ def test_eval_wants_weights_that_know_the_toy_world():
     show.evaluate(model("tiny1"), 2)
 
 def test_boxes_and_patches():
-  shares, centers = show.inside((0, 0, 50, 100), (200, 100), 8)  # the left quarter: two columns
+  shares, centers = show.patches_in((0, 0, 50, 100), (200, 100), 8)  # the left quarter: two columns
   assert np.array_equal(shares.reshape(8, 8), np.tile([1, 1, 0, 0, 0, 0, 0, 0], (8, 1)))
   assert np.array_equal(centers.reshape(8, 8), np.tile([1, 1, 0, 0, 0, 0, 0, 0], (8, 1)) > 0)
-  shares, centers = show.inside((30, 10, 45, 20), (80, 80), 8)
+  shares, centers = show.patches_in((30, 10, 45, 20), (80, 80), 8)
   assert shares.reshape(8, 8)[1, 3] == 1 and shares.reshape(8, 8)[1, 4] == .5 and shares.sum() == 1.5
   assert centers.reshape(8, 8)[1, 3] and centers.sum() == 1
 
 def test_color_words():
   class Scene:
-    objects = [shapes.Object("circle", "red", (0, 0, 1, 1), None), shapes.Object("star", "blue", (0, 0, 1, 1), None)]
+    objects = [shapes.Object(shape, color, (0, 0, 1, 1), None)
+               for shape, color in (("circle", "red"), ("star", "blue"))]
   def of(task, prefix, text):
     answer = vlm.Answer(text, model("toy").tokenizer.encode(text), [])
     found, wrong = show.color_words(model("toy"), task, Scene, prefix, answer)
     return [(i, obj.name) for i, obj in found], wrong
-  assert of("caption", "caption en", "a red circle left of a blue star") == ([(1, "red circle"), (6, "blue star")], 0)
-  assert of("caption", "caption en", "a red star") == ([], 1) and of("caption", "caption en", "a red") == ([], 1)
+  named = [(1, "red circle"), (6, "blue star")]
+  assert of("caption", "caption en", "a red circle left of a blue star") == (named, 0)
+  assert of("caption", "caption en", "a red star") == ([], 1)
+  assert of("caption", "caption en", "a red") == ([], 1)
   assert of("color", "answer en what color is the star?", "blue") == ([(0, "blue star")], 0)
   assert of("color", "answer en what color is the star?", "red") == ([], 1)
 
 # ---- command line ----
 def test_command_line(toy, capsys):
-  for prompt, options, out, size in ((PROMPT, "--show attention", "shapes.attention.png", (1002, 154)),
-                                     (PROMPT, "--show attention --layer 3 --out a.png", "a.png", (1002, 154)),
-                                     (None, "--show patches", "shapes.patches.png", (512, 384)),
-                                     ("caption en", "--show patches --layer 3 --out p.png", "p.png", (512, 384))):
-    assert vlm.main([PICTURE, *([prompt] if prompt else []), *options.split()]) == 0
+  for what, words, out, size in (
+      ("attention", [PROMPT], "shapes.attention.png", (1002, 154)),
+      ("attention", [PROMPT, "--layer", "3", "--out", "a.png"], "a.png", (1002, 154)),
+      ("patches", [], "shapes.patches.png", (512, 384)),
+      ("patches", ["caption en", "--layer", "3", "--out", "p.png"], "p.png", (512, 384)),
+      ("patches", [PICTURE, "--out", "two.png"], "two.png", (1024, 384)),
+      ("patches", [PICTURE, "caption en", "--layer", "3", "--out", "both.png"], "both.png", (1024, 384))):
+    assert not show.main([what, PICTURE, *words])
     stdout, stderr = capsys.readouterr()
     answer = model("toy").generate([PICTURE], [PROMPT])[0].text + "\n"
-    assert stdout == (answer if "attention" in options else "") and out in stderr
+    assert stdout == (answer if what == "attention" else "") and out in stderr
     assert Image.open(out).size == size
-  for one, two in (("shapes.attention.png", "a.png"), ("shapes.patches.png", "p.png")):
-    assert np.abs(np.asarray(Image.open(one), float) - np.asarray(Image.open(two))).mean() > 1
-  assert sorted(f.name for f in Path().iterdir()) == ["a.png", "p.png", "shapes.attention.png", "shapes.patches.png"]
+  for pair in (("shapes.attention.png", "a.png"), ("shapes.patches.png", "p.png"), ("two.png", "both.png")):
+    one, two = (np.asarray(Image.open(name), float) for name in pair)
+    assert np.abs(one - two).mean() > 1
+  assert sorted(file.name for file in Path().iterdir()) == [
+    "a.png", "both.png", "p.png", "shapes.attention.png", "shapes.patches.png", "two.png"]
+
+def test_eval_on_the_command_line(monkeypatch, capsys):
+  asked, m = [], model("toy")
+  monkeypatch.setattr(vlm, "load", lambda folder, *args: asked.append(folder) or m)
+  monkeypatch.setattr(show, "evaluate", lambda *args: asked.append(args))
+  assert not show.main(["eval"]) and not show.main(["eval", "--scenes", "3", "--quiet"])
+  toy = ROOT / "weights" / "toy"
+  assert asked == [toy, (m, 200), toy, (m, 3)] and capsys.readouterr().err.count("\n") == 1
 
 def test_any_answer(monkeypatch, capsys, kind="tiny1"):
   """one token, and a sampled answer of several rows of pictures"""
   m = model(kind)
   monkeypatch.setattr(vlm, "load", lambda *args, **options: m)
   for options in ("--max-tokens 1", "--max-tokens 30 --temperature 1 --seed 3"):
-    assert vlm.main([PICTURE, "caption en", "--show", "attention", "--out", "out.png", *options.split()]) == 0
+    assert not show.main(["attention", PICTURE, "caption en", "--out", "out.png", *options.split()])
     out = capsys.readouterr().out
   [answer] = m.generate([PICTURE], ["caption en"], max_tokens=30, temperature=1, seed=3)
   assert out == answer.text + "\n" and Image.open("out.png").height > 3 * 130
 
 def test_an_empty_answer(toy, capsys, monkeypatch):
   monkeypatch.setattr(vlm.VLM, "tokens", lambda *args, **options: iter([]))
-  assert vlm.main([PICTURE, PROMPT, "--show", "attention"]) == 0
+  assert not show.main(["attention", PICTURE, PROMPT])
   out, err = capsys.readouterr()
   assert out == "\n" and "empty" in err and not list(Path().iterdir())
 
-@pytest.mark.parametrize("options,message", [
-  (["--layer", "2"], "--show"), (["--show", "attention", "--layer", "0"], "layer 0"),
-  (["--show", "attention", "--layer", "5"], "has 4"), (["--show", "patches", "--json"], "--json"),
-  (["--show", "patches", "--train"], "--train"), (["--show", "attention", "--out", "a.txt"], "a.txt"),
-  (["--show", "attention", "--out", "none/a.png"], "none"), (["--show", "patches", "--out", PICTURE], "input"),
-  (["--show", "words"], "words"), (["--show", "patches", "--layer", "x"], "layer")])
-def test_faults(options, message, toy, capsys):
+@pytest.mark.parametrize("words,message", [
+  ("attention IMAGE x --layer 0", "layer 0"), ("attention IMAGE x --layer 5", "has 4"),
+  ("attention IMAGE x --layer x", "layer"), ("attention IMAGE x --out a.txt", "a.txt"),
+  ("attention IMAGE x --out none/a.png", "none"), ("attention IMAGE x --json", "--json"),
+  ("attention IMAGE x --scenes 3", "--scenes"), ("attention IMAGE x --seed 3", "--temperature"),
+  ("attention IMAGE", "prompt"), ("attention IMAGE IMAGE", "prompt"), ("attention none.png x", "none.png"),
+  ("attention IMAGE none.png x", "none.png"), ("attention", "PROMPT"), ("attention IMAGE b c", "quotes"),
+  ("patches IMAGE --out IMAGE", "input"), ("patches none.png", "none.png"), ("patches IMAGE x", "--layer"),
+  ("patches IMAGE --layer 2", "prompt"), ("patches IMAGE IMAGE --layer 2", "prompt"),
+  ("patches IMAGE x --layer 5", "has 4"), ("patches IMAGE x --layer -1", "layer -1"),
+  ("patches IMAGE --temperature 1", "--temperature"), ("patches IMAGE --max-tokens 3", "--max-tokens"),
+  ("patches IMAGE --seed 3", "--seed"), ("eval --scenes 0", "--scenes"), ("eval --layer 3", "--layer"),
+  ("eval --out a.png", "--out"), ("eval --top-k 3", "--top-k"), ("eval IMAGE", "shapes.png"),
+  ("words IMAGE", "words"), ("--eval", "attention|patches|eval"), ("", "attention|patches|eval")])
+def test_faults(words, message, toy, capsys):
   before = Path(PICTURE).read_bytes()
-  assert vlm.main([PICTURE, PROMPT, *options]) == 2
+  assert show.main([PICTURE if word == "IMAGE" else word for word in words.split()]) == 2
   out, err = capsys.readouterr()
   *_, last = err.strip().splitlines()
-  assert last.startswith("vlm: ") and message in last and not out and not list(Path().iterdir())
+  assert last.startswith("show: ") and message in last and not out and not list(Path().iterdir())
   assert Path(PICTURE).read_bytes() == before
 
-def test_no_prompt(toy, capsys):
-  assert vlm.main([PICTURE, "--show", "attention"]) == 2
-  assert re.fullmatch(r"vlm: .*prompt.*\n", capsys.readouterr().err)
+def test_old_spelling(capsys):
+  assert vlm.main([PICTURE, PROMPT, "--show", "attention"]) == 2
+  assert re.fullmatch(r"vlm: .*python examples/show\.py.*\n", capsys.readouterr().err)
 
-def test_shipped_pictures_are_what_the_commands_make(toy, capsys):
-  assert len(SHIPPED) == 2
-  for command, name in SHIPPED:
-    words = [PICTURE if word == "examples/shapes.png" else word for word in shlex.split(command)[2:]]
-    assert vlm.main(words) == 0
-    shipped, made = (np.asarray(Image.open(file).convert("RGB"), float) for file in (ROOT / "examples" / name, name))
-    assert shipped.shape == made.shape and np.abs(shipped - made).mean() < 1
-    assert f"](examples/{name})" in README
+SHIPPED = {
+  'python examples/show.py attention examples/shapes.png "detect red circle" --out show-attention.png':
+    "show-attention.png",
+  'python examples/show.py patches examples/shapes.png "caption en" --layer 3 --out show-patches.png':
+    "show-patches.png"}
+
+@pytest.mark.parametrize("command,name", SHIPPED.items())
+def test_shipped_pictures_are_what_the_commands_make(command, name, toy):
+  words = [PICTURE if word == "examples/shapes.png" else word for word in shlex.split(command)[2:]]
+  assert not show.main(words)
+  files = ROOT / "examples" / name, name
+  shipped, made = (np.asarray(Image.open(file).convert("RGB"), float) for file in files)
+  assert shipped.shape == made.shape and np.abs(shipped - made).mean() < 1
+
+def test_a_readme_shows_these_pictures():
+  for command, name in SHIPPED.items():
+    assert any(command in page and re.search(rf"\]\((examples/)?{name}\)", page) for page in PAGES), command
+
+def test_from_any_folder(tmp_path):
+  command = [sys.executable, ROOT / "examples/show.py", "patches", PICTURE, "--weights", "tiny1", "--quiet"]
+  done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+  assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+  assert [file.name for file in tmp_path.iterdir()] == ["shapes.patches.png"]
 
 @pytest.mark.parametrize("kind", ["tiny1", "tiny2", "tiny2-28b"])
 def test_live_attention(kind, monkeypatch):
@@ -312,24 +357,26 @@ def test_live_attention(kind, monkeypatch):
     pytest.importorskip(package)
   import torch
   m, theirs, [picture] = model(kind), golden.load(ROOT / "weights" / kind), golden.pixels(56, 1)
-  ids, P = m.tokenizer.prompt(PROMPT), m.config.patches
+  ids, P = m.tokenizer.prompt(PROMPT), m.config.vision.patches
   [answer] = m.generate([picture], [PROMPT], max_tokens=20)
-  [maps] = show.attention(m, [picture], [PROMPT], [answer.tokens])
+  [maps] = show.attention_maps(m, [picture], [PROMPT], [answer.tokens])
   prefix, right = torch.tensor([[theirs.config.image_token_id] * P + ids]), []
   with torch.no_grad():
-    out = theirs(input_ids=prefix, pixel_values=torch.tensor(picture[None]), token_type_ids=torch.zeros_like(prefix),
-                 attention_mask=torch.ones_like(prefix), use_cache=True, output_attentions=True)
+    out = theirs(input_ids=prefix, pixel_values=torch.tensor(picture[None]),
+                 token_type_ids=torch.zeros_like(prefix), attention_mask=torch.ones_like(prefix),
+                 use_cache=True, output_attentions=True)
     for i, token in enumerate(answer.tokens):
       # (layers, P), mean of the heads. None: a sliding layer's cache forgets what left its window.
       rows = [a[0, :, -1].mean(0).numpy() for a in out.attentions]
       right.append([row[:P] if len(row) == P + len(ids) + i else None for row in rows])
       token = torch.tensor([[token]])
-      out = theirs(input_ids=token, past_key_values=out.past_key_values, token_type_ids=torch.ones_like(token),
-                   attention_mask=torch.ones(1, P + len(ids) + i + 1, dtype=torch.long), output_attentions=True)
+      seen = torch.ones(1, P + len(ids) + i + 1, dtype=torch.long)
+      out = theirs(input_ids=token, past_key_values=out.past_key_values, output_attentions=True,
+                   token_type_ids=torch.ones_like(token), attention_mask=seen)
   assert len(right) == 20
   for i, layers in enumerate(right):
     for layer, row in enumerate(layers):
       if row is None:
-        assert m.config.sliding[layer] and maps[layer, i].max() < 1e-30
+        assert m.config.text.sliding[layer] and maps[layer, i].max() < 1e-30
       else:
         assert np.abs(maps[layer, i] - row).max() < 1e-5

@@ -1,16 +1,20 @@
-"""Training: the toy world from random weights, or a folder of pictures on top of a checkpoint. `python vlm.py --train`.
+"""Training: the toy world from random weights, or a folder of pictures on top of a checkpoint.
 
-A data folder holds pictures and a data.jsonl with lines {"image": file, "prefix": question, "suffix": answer}, the
-format of PaliGemma's own fine-tunes. A run's folder (--save) is a complete PaliGemma folder, plus training.state
-(what --resume needs), loss.csv and loss.png.
+    python examples/train.py
+    python examples/train.py DATA --init weights/paligemma-3b-pt-224 --train-only attention --lr 1e-5
+
+A data folder holds pictures and a data.jsonl with lines {"image": file, "prefix": question, "suffix":
+answer}, the format of PaliGemma's own fine-tunes. A run's folder (--save) is a complete PaliGemma folder,
+plus training.state (what --resume needs), loss.csv and loss.png.
 """
+import functools
 import io
 import json
 import math
-import os
 import re
 import shutil
 import signal
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,17 +25,17 @@ from safetensors import SafetensorError, safe_open
 from tinygrad import Tensor, TinyJit, dtypes, nn
 from tinygrad.nn.state import get_state_dict
 
-import batch
-import compiled
-import masks
-import original
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vlm.py, wherever this is started from
+import codebook
+import checkpoint
 import shapes
 import vlm
-from tokenizer import LOC, Tokenizer
+from tokenizer import CODES, LOC, Tokenizer
 from vlm import Fault
 
+ROOT = Path(vlm.__file__).resolve().parent  # where weights/ is
 REPORTS = 40   # times in a run: held-out loss, a sample answer, a checkpoint
-QUESTIONS = 4  # a toy picture is asked so many at once: SigLIP runs once for all, and what is asked has to be heeded
+QUESTIONS = 4  # about a toy picture at once: SigLIP runs once for all, and what is asked has to be heeded
 TOY = {
   "model_type": "paligemma", "architectures": ["PaliGemmaForConditionalGeneration"], "dtype": "float32",
   "note": "this is the toy: it knows only pictures like examples/shapes.png (real weights: see README.md)",
@@ -42,12 +46,13 @@ TOY = {
     "num_attention_heads": 4, "image_size": 112, "patch_size": 14, "vision_use_head": False},
   "text_config": {
     "model_type": "gemma", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 32, "num_image_tokens": 64, "vocab_size": 1584,
-    "max_position_embeddings": 1024},
+    "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 32, "num_image_tokens": 64,
+    "vocab_size": 1584, "max_position_embeddings": 1024},
 }
 
 def toy_weights(net, config, tokenizer, device, seed=0):
-  """Random weights for a model that has seen nothing yet: norms are the identity, matrices keep the variance."""
+  """Random weights for a model that has seen nothing yet: norms are the identity, matrices keep the
+  variance."""
   rng = np.random.default_rng(seed)
   for name, t in get_state_dict(net).items():
     if t.ndim == 1:
@@ -56,18 +61,18 @@ def toy_weights(net, config, tokenizer, device, seed=0):
     else:
       value = rng.standard_normal(t.shape) * math.prod(t.shape[1:]) ** -0.5
       if name.endswith(("out_proj.weight", "fc2.weight", "o_proj.weight", "down_proj.weight")):
-        value *= (2 * config.layers) ** -0.5  # what every block adds to the residual stream
+        value *= (2 * config.text.num_hidden_layers) ** -0.5  # what every block adds to the residual stream
     if "patch_embedding.weight" in name:  # flat colour is nearly all of a patch, and drowns the edges
       value = value.reshape(len(t), 3, -1)
       value = 2 * (value - 0.8 * value.mean(2, keepdims=True)).reshape(t.shape)
-    if "position_embedding" in name:  # start from slow waves in y and x: near patches are alike from the first step on
-      side = config.image_size // config.patch_size
+    if "position_embedding" in name:  # slow waves in y and x: near patches are alike from the first step on
+      side = config.vision.image_size // config.vision.patch_size
       y, x = (waves(axis.ravel() / side, t.shape[1] // 4, side) for axis in np.mgrid[:side, :side])
       value = np.concatenate([y, x, 0 * y, 0 * x], 1)
-    if "embed_tokens" in name:  # the same for <loc0000> .. <loc1023>, in a part of the width: near places are near
-      start, some = tokenizer.ids["<loc0000>"], t.shape[1] * 3 // 8
+    if "embed_tokens" in name:  # the same for <loc0000> .. <loc1023>, in a part of the width
+      start, width = tokenizer.ids["<loc0000>"], t.shape[1] * 3 // 8
       value[start:start + LOC] = 0
-      value[start:start + LOC, :some] = waves(np.arange(LOC) / LOC, some, 128) * (2 / some) ** 0.5
+      value[start:start + LOC, :width] = waves(np.arange(LOC) / LOC, width, 128) * (2 / width) ** 0.5
     t.replace(vlm.upload(value.astype(np.float32), device))
 
 def waves(position, width, most):
@@ -75,68 +80,55 @@ def waves(position, width, most):
   angle = position[:, None] * np.pi * np.geomspace(1, most, width // 2)
   return np.concatenate([np.sin(angle), np.cos(angle)], 1)
 
+# --train-only: which weights move; attention is big_vision's own recipe
 PARTS = {"all": "", "projector": r"multi_modal_projector\.", "attention": r"language_model.*self_attn\.",
-         "language": r"language_model\."}  # --train-only: which weights move; attention is big_vision's own recipe
+         "language": r"language_model\."}
 
-def training_mask(prefix, total, n, window=None):
-  """prefix (B,): how many tokens of a row all see each other; total (B,): how many are no padding -> (B, 1, n, n) bool.
-  Padding is seen by nobody. It sees all the rest, for a row that sees nothing would be NaN, as far away as a window is.
-
-      3 prefix + 2 answer tokens, 1 padding     1 1 1 0 0 0
-      a row is a query, a column what           1 1 1 0 0 0
-      it may look at                            1 1 1 0 0 0
-                                                1 1 1 1 0 0
-                                                1 1 1 1 1 0
-                                                1 1 1 1 1 0
-  """
-  query, key = np.arange(n)[:, None], np.arange(n)[None]
-  prefix, total = (np.asarray(t)[:, None, None] for t in (prefix, total))
-  near = (key <= query) & (key > query - (window or n))
-  return ((near | (query < prefix) & (key < prefix) | (query >= total)) & (key < total))[:, None]
-
-def loss(net, pixels, ids, labels, cos, sin, masks, weight):
-  """Mean next-token cross-entropy over the answers. pixels (G, 3, S, S): picture g belongs to B / G rows in turn of
-  ids (B, T), the text; labels (B, T): the token after each; masks (full, sliding) (B, 1, 1, n, n); weight (B, T): 1
-  where the next token is scored."""
-  gemma, B, V = net.language_model, ids.shape[0], net.language_model.config.vocab
+def loss(net, pixels, ids, labels, cos, sin, full, sliding, weight):
+  """Mean next-token cross-entropy over the answers. pixels (G, 3, S, S): picture g belongs to B / G rows in
+  turn of ids (B, T), the text; labels (B, T): the token after each; cos, sin, full, sliding: see
+  vlm.whole_sequence; weight (B, T): 1 where the next token is scored."""
+  gemma, B, V = net.language_model, ids.shape[0], net.language_model.config.vocab_size
   image = net.multi_modal_projector.linear(net.vision_tower(pixels))  # (G, P, D)
   G, P, D = image.shape
   image = image.reshape(G, 1, P, D).expand(G, B // G, P, D).reshape(B, P, D)
-  embedding = gemma.embed_tokens.weight
+  embedding, root = gemma.embed_tokens.weight, D ** 0.5
   if not embedding.is_param:  # frozen: see Trainer
     text = gemma.embed(ids)
   elif V < 10000:
-    # As a product with one-hot rows, because its gradient is a product too: that of a look-up took a third of the step.
+    # A product with one-hot rows, because its gradient is a product too: that of a look-up took a third of
+    # the step.
     one_hot = (ids.unsqueeze(-1) == Tensor.arange(V, device=ids.device)).float()
-    text = vlm.matmul(one_hot, embedding, "nn") * gemma.config.width ** 0.5
+    text = vlm.matmul(one_hot, embedding, transposed=False) * root
   else:
-    text = embedding[ids] * gemma.config.width ** 0.5
-  x = gemma(image.cat(text, dim=1), cos, sin, masks, [lambda k, v: (k, v)] * gemma.config.layers)
+    text = embedding[ids] * root
+  x = vlm.forward(gemma, image, text, cos, sin, full, sliding)
   logits = gemma.logits(x[:, P:].contiguous()).contiguous()  # (B, T, V)
   target = (labels.unsqueeze(-1) == Tensor.arange(V, device=ids.device)).where(logits, 0).sum(-1)
   return ((logits.logsumexp(-1) - target) * weight).sum() / weight.sum()
 
 class Trainer:
-  """AdamW on the weights whose names match `part` (a key of PARTS), in one compiled step; no gradient for the rest."""
+  """AdamW on the weights whose names match `part` (a key of PARTS), in one compiled step; the rest has no
+  gradient."""
   def __init__(self, net, config, part="all"):
     self.net, self.config = net, config
     self.weights = {n: t for n, t in get_state_dict(net).items() if re.match(PARTS[part], n)}
     for n, t in get_state_dict(net).items():
       t.is_param_(n in self.weights)
-    # float32: small steps would round away in half precision. A copy: the file is mapped at addresses that kernels.c
-    # takes, but tinygrad's own kernels do not.
+    # float32: small steps would round away in half precision. A copy: the file is mapped at addresses that
+    # fast.c takes, but tinygrad's own kernels do not.
     for t in self.weights.values():
-      t.replace(vlm.widen(Tensor(t.numpy(), device=t.device)).contiguous().realize())
-    # The embedding, which is the head too, learns at a tenth of the rate: most of its rows are seen seldom, and Adam
-    # makes each sighting a full step.
+      t.replace(vlm.to_float32(Tensor(t.numpy(), device=t.device)).contiguous().realize())
+    # The embedding, which is the head too, learns at a tenth of the rate: most of its rows are seen seldom,
+    # and Adam makes each sighting a full step.
     slow = {n: t for n, t in self.weights.items() if "embed_tokens" in n}
     groups = [(1.0, [t for n, t in self.weights.items() if n not in slow]), (0.1, list(slow.values()))]
     self.optimizers = [(rate, nn.optim.AdamW(group, lr=0.0, b2=0.99)) for rate, group in groups if group]
-    for t in self.state().values():  # memory of its own: the optimiser's would be born, and zero, in every replay
+    # Memory of its own: the optimiser's would be born, and zero, in every replay.
+    for t in self.state().values():
       t.replace(t.contiguous().realize())
     weights, optimizers = list(self.weights.values()), [optimizer for _, optimizer in self.optimizers]
-    def batch_loss(pixels, ids, labels, cos, sin, full, sliding, weight):
-      return loss(net, pixels, ids, labels, cos, sin, (full, sliding), weight)
+    batch_loss = functools.partial(loss, net)
     def update(*batch):
       value = batch_loss(*batch)
       gradients = value.gradient(*weights)
@@ -144,23 +136,23 @@ class Trainer:
       clip = (1 / (norm + 1e-6)).minimum(1).contiguous()  # to a norm of 1
       for t, g in zip(weights, gradients):
         t.grad = g * clip
-      value = (norm < math.inf).where(value, math.nan)  # the weights are lost, the loss would show it a step later
+      # Beyond infinity the weights are lost, which the loss itself would show a step later.
+      value = (norm < math.inf).where(value, math.nan)
       return value.realize(*[t for optimizer in optimizers for t in optimizer.schedule_step()])
     self.step_jit, self.loss_jit = TinyJit(update), TinyJit(batch_loss)  # neither holds self: see VLM._run
     self.step_jit.cnt = self.loss_jit.cnt = 1
 
   def batch(self, rows, pixels, T):
-    """rows: B pairs of ids (prefix, answer with its eos), pixels (G, 3, S, S), T text positions -> inputs of `step`."""
-    P, device = self.config.patches, self.optimizers[0][1].device
+    """rows: B pairs of ids (prefix, answer with its eos), pixels (G, 3, S, S), T text positions -> inputs of
+    `step`."""
+    P, device = self.config.vision.patches, self.optimizers[0][1].device
     ids, weight = np.zeros((len(rows), T + 1), np.int32), np.zeros((len(rows), T), np.float32)
     for i, (prefix, answer) in enumerate(rows):
       ids[i, :len(prefix) + len(answer)] = prefix + answer
       weight[i, len(prefix) - 1:len(prefix) + len(answer) - 1] = 1
-    lengths = [P + len(prefix) for prefix, _ in rows], [P + len(prefix) + len(answer) for prefix, answer in rows]
-    masks = [training_mask(*lengths, P + T, window)[:, None] for window in (None, self.config.window)]
-    cos, sin = vlm.rope_table(self.config, np.arange(P + T))
-    inputs = pixels, ids[:, :-1], ids[:, 1:], cos, sin, *masks, weight
-    return [vlm.upload(t, device) for t in inputs]
+    prefixes, totals = zip(*[(P + len(prefix), P + len(prefix) + len(answer)) for prefix, answer in rows])
+    sequence = vlm.whole_sequence(self.config.text, prefixes, totals, P + T)
+    return [vlm.upload(t, device) for t in (pixels, ids[:, :-1], ids[:, 1:], *sequence, weight)]
 
   def step(self, batch, lr):
     """One update -> the loss before it."""
@@ -181,11 +173,13 @@ class Trainer:
     return self.loss_jit(*batch).item()
 
 class Toy:
-  """Scenes drawn as they are needed: batch i is always the same. With `grow` the first sixth of the steps shows one
-  shape a picture, the second up to two, the third up to three: what a name looks like and where it is are easier to
-  learn from single, large shapes. codes: a vae-oid.npz; with one, `segment` is asked too."""
+  """Scenes drawn as they are needed: batch i is always the same. With `grow` the first sixth of the steps
+  shows one shape a picture, the second up to two, the third up to three: what a name looks like and where it
+  is are easier to learn from single, large shapes. codes: see shapes.segment; with them, `segment` is asked
+  too."""
   def __init__(self, tokenizer, config, rows, steps, grow=True, codes=None):
-    self.tokenizer, self.side, self.text, self.codes = tokenizer, config.image_size, longest(tokenizer), codes
+    self.tokenizer, self.side, self.codes = tokenizer, config.vision.image_size, codes
+    self.text = longest(tokenizer)
     self.stage = steps / 6 if grow else None  # steps until one more shape may appear
     self.questions = math.gcd(QUESTIONS, rows)
     self.pictures = rows // self.questions
@@ -218,13 +212,14 @@ def longest(tokenizer):
   detect = lambda asked, label, found: ("detect " + " ; ".join(asked * [label]),
                                         " ; ".join(found * ["<loc0000>" * 4 + f" {label}"]))
   questions = [detect(3, name, 3), detect(3, shape, 4), ("caption en", " and ".join(4 * [f"an {name}"])),
-               (f"segment {name}", "<loc0000>" * 4 + "<seg000>" * 16 + f" {name}"),
-               (f"answer en what is right of the {shape}?", name), ("answer en how many shapes are there?", "4")]
+               (f"segment {name}", "<loc0000>" * 4 + "<seg000>" * CODES + f" {name}"),
+               (f"answer en what is right of the {shape}?", name),
+               ("answer en how many shapes are there?", "4")]
   return -(-max(sum(map(len, tokenize(tokenizer, *question))) - 1 for question in questions) // 4) * 4
 
 class Folder:
-  """The lines of DATA/data.jsonl, one in twenty of them held out. Raises Fault for bad lines, all at once, unless they
-  are to be skipped."""
+  """The lines of DATA/data.jsonl, one in twenty of them held out. Raises Fault for bad lines, all at once,
+  unless they are to be skipped."""
   def __init__(self, folder, tokenizer, config, rows, skip_bad):
     self.folder, self.config, self.rows, examples, bad = Path(folder), config, rows, [], []
     path = self.folder / "data.jsonl"
@@ -234,15 +229,14 @@ class Folder:
       raise Fault(f"{path}: {e.strerror}; a data folder holds pictures and a data.jsonl") from None
     for number, line in enumerate(lines, 1):
       if line.strip():
-        vlm.status(f"checking {path}: line {number}")
+        vlm.terminal.bar(number, len(lines), f"lines of {path} checked")
         try:
           examples.append(self.check(line, tokenizer))
         except Fault as e:
           bad.append(f"line {number}: {e}")
-    vlm.status("")
+    vlm.progress("")
     if bad and not skip_bad:
-      raise Fault(f"{path}: {len(bad)} bad lines (--skip-bad leaves them out): " + "; ".join(bad[:5]) +
-                  (f"; and {len(bad) - 5} more" if len(bad) > 5 else ""))
+      raise Fault(f"{path}: {len(bad)} bad lines (--skip-bad leaves them out): {vlm.terminal.some(bad, most=5)}")
     if not examples:
       raise Fault(f"{path} has no usable line" + (f"; {bad[0]}" if bad else ""))
     self.found = f"{path}: {len(examples)} lines" + (f", {len(bad)} bad ones left out" if bad else "")
@@ -262,13 +256,13 @@ class Folder:
       raise Fault(f"not JSON ({e})") from None
     if not question[1].strip():
       raise Fault("the suffix is empty")
-    if self.config.patches + sum(map(len, ids)) > self.config.max_context:
+    if self.config.vision.patches + sum(map(len, ids)) > self.config.text.max_position_embeddings:
       raise Fault(f"{sum(map(len, ids))} tokens of text do not fit the model's context")
     vlm.open_image(self.folder / image)  # all of it: a damaged one would stop the run when its turn comes
     return self.folder / image, ids, question
 
   def collate(self, examples):
-    pixels = [vlm.to_pixels(path, self.config.image_size) for path, _, _ in examples]
+    pixels = [vlm.to_pixels(path, self.config.vision.image_size) for path, _, _ in examples]
     return [ids for _, ids, _ in examples], np.concatenate(pixels)
 
   def batch(self, i):
@@ -286,38 +280,45 @@ class Folder:
     return vlm.open_image(path), *question
 
 class Run:
-  """A training run and its folder. All files are written whole or not at all, the state (weights and optimiser) as one:
-  a kill at any moment leaves a checkpoint that answers and a state that --resume continues from."""
+  """A training run and its folder. All files are written whole or not at all, the state (weights and
+  optimiser) as one: a kill at any moment leaves a checkpoint that answers and a state that --resume continues
+  from."""
   def __init__(self, args):
     self.args, self.folder = args, Path(args.save)
     self.state = self.folder / "training.state"
     if args.resume and not self.state.exists():
       raise Fault(f"{self.folder} holds no training.state: there is nothing to resume")
     if self.state.exists() and not args.resume:
-      raise Fault(f"{self.folder} holds a training run; --resume continues it, another --save starts a new one")
+      raise Fault(f"{self.folder} holds a training run; --resume continues it, another --save starts anew")
     if not args.resume and any(self.folder.glob("*.safetensors*")):
       raise Fault(f"{self.folder} holds a checkpoint, which would be lost; choose another --save")
-    if args.train and not (args.init or args.resume):
+    if args.data and not (args.init or args.resume):
       raise Fault("a data folder needs --init: which checkpoint to start from")
-    source = self.folder if args.resume else Path(args.init) if args.init else None
-    self.model = vlm.load(source) if source else self.prepare_toy()
+    if args.resume:
+      source = self.folder
+    else:
+      source = vlm.terminal.find_weights(args.init, ROOT) if args.init is not None else None
+    self.model = vlm.load(source, args.device) if source else self.prepare_toy()
     net, config, tokenizer = self.model.net, self.model.config, self.model.tokenizer
     if any(t.dtype in (dtypes.int8, dtypes.uint8) for t in get_state_dict(net).values()):
-      raise Fault(f"{source} is quantised, and training needs finer steps; start from the weights it was made of")
-    codes = source / masks.NAME if source and (source / masks.NAME).exists() else None
-    self.data = (Folder(args.train, tokenizer, config, args.batch, args.skip_bad) if args.train else
-                 Toy(tokenizer, config, args.batch, args.steps, not args.init, codes))
-    if args.train:
+      raise Fault(f"{source} is quantised, and training needs finer steps; start from what it was made of")
+    if args.data:
+      self.data = Folder(args.data, tokenizer, config, args.batch, args.skip_bad)
       vlm.say(args, self.data.found)
+    else:
+      codes = source / vlm.beside("draw").NAME if source else None
+      codes = functools.partial(codebook.tokens, codes) if codes and codes.exists() else None
+      self.data = Toy(tokenizer, config, args.batch, args.steps, not args.init, codes)
     if source:
       self.prepare_folder(source)
     self.types = {n: t.dtype for n, t in get_state_dict(net).items()}  # a checkpoint keeps its number types
     self.trainer, self.done, self.saved, self.stop = Trainer(net, config, args.train_only), 0, 0, False
     self.history, self.losses = [], []  # rows of loss.csv, losses since the last of them
-    self.settings = {key: getattr(args, key) for key in ("train", "steps", "batch", "lr", "train_only")}
+    self.settings = {key: getattr(args, key) for key in ("data", "steps", "batch", "lr", "train_only")}
     weights = sum(t.numel() * self.types[n].itemsize for n, t in get_state_dict(net).items())
     state = 12 * sum(t.numel() for t in self.trainer.weights.values())
-    need = max(weights, state) + (0 if args.resume else weights + state)  # an old file stays until the new one is whole
+    # An old file stays until its new one is whole.
+    need = max(weights, state) + (0 if args.resume else weights + state)
     if shutil.disk_usage(self.folder).free < need:
       raise Fault(f"{self.folder}: checkpoints take {need / 1e6:.0f} MB, and the disk has less; free some", 1)
     if args.resume:
@@ -325,24 +326,26 @@ class Run:
 
   def prepare_toy(self):
     """-> a model that has seen nothing yet."""
+    device = vlm.find_device(self.args.device)
     self.prepare_folder()
-    config, tokenizer = vlm.read_config(self.folder / "config.json"), Tokenizer(self.folder / "tokenizer.model")
-    model = vlm.VLM(vlm.PaliGemma(config), config, tokenizer, compiled.open_device())
-    toy_weights(model.net, config, tokenizer, model.device)
+    config = vlm.read_config(self.folder / "config.json")
+    tokenizer = Tokenizer(self.folder / "tokenizer.model")
+    model = vlm.VLM(vlm.PaliGemma(config), config, tokenizer, device, vlm.upload)
+    toy_weights(model.net, config, tokenizer, device)
     return model
 
   def prepare_folder(self, source=None):
-    """config.json and tokenizer.model: those of a checkpoint, or the toy's. What --resume writes again proves that the
-    folder can be written to, before anything long starts."""
+    """config.json and tokenizer.model: those of a checkpoint, or the toy's. What --resume writes again proves
+    that the folder can be written to, before anything long starts."""
     try:
       self.folder.mkdir(parents=True, exist_ok=True)
-      config = original.config(original.config_path(source)) if source else TOY
-      if self.args.init and self.args.train:
+      config = json.loads((source / "config.json").read_text()) if source else TOY
+      if self.args.init and self.args.data:
         config.pop("note", None)  # it says what the weights were
-      write_file(self.folder / "config.json", [json.dumps(config, indent=1).encode()])
+      checkpoint.write_file(self.folder / "config.json", [json.dumps(config, indent=1).encode()])
       if source:
-        write_file(self.folder / "tokenizer.model", [original.tokenizer_path(source).read_bytes()])
-        masks.keep(original.tokenizer_path(source).parent, self.folder)
+        checkpoint.write_file(self.folder / "tokenizer.model", [(source / "tokenizer.model").read_bytes()])
+        checkpoint.copy_masks(source, self.folder)
       else:
         shapes.make_tokenizer(self.folder / "tokenizer.model")
     except OSError as e:
@@ -352,33 +355,41 @@ class Run:
     try:
       with safe_open(self.state, "numpy") as file:
         saved = json.loads(file.metadata()["run"])
-        wrong = [f"--{k.replace('_', '-')} {v}" for k, v in saved["settings"].items() if v != self.settings[k]]
+        settings = {key: value for key, value in saved["settings"].items() if value != self.settings.get(key)}
+        wrong = [f"--{key.replace('_', '-')} {value}" for key, value in settings.items() if key != "data"]
+        if "data" in settings:
+          wrong.insert(0, settings["data"] or "no data folder")
         if wrong:
           raise Fault(f"this run was started with {' '.join(wrong)}; resume with that")
         for name, tensor in self.trainer.state().items():
           tensor.assign(Tensor(file.get_tensor(name), device=tensor.device)).realize()
     except (OSError, SafetensorError) as e:
-      raise Fault(f"{self.state}: {e}; start a new run with --init {self.folder} and another --save") from None
+      raise Fault(f"{self.state}: {e}; start a new run with --init {self.folder} and another "
+                  "--save") from None
     self.done = self.saved = saved["step"]
     self.history, self.losses, self.data.stage = saved["history"], saved["losses"], saved["stage"]
 
   def save(self):
     """model.safetensors, then the state; the names are those of hub files."""
-    weights = {hub_name(n): (t, self.types[n]) for n, t in get_state_dict(self.model.net).items()}
+    weights = {checkpoint.hub_name(n): (t, self.types[n]) for n, t in get_state_dict(self.model.net).items()}
     state = {n: (t, dtypes.float32) for n, t in self.trainer.state().items()}
     run = {"settings": self.settings, "step": self.done, "history": self.history, "losses": self.losses,
            "stage": getattr(self.data, "stage", None)}
-    rows, picture = [("step", "loss", "held_out_loss"), *self.history], io.BytesIO()
+    table = [("step", "loss", "held_out_loss"), *self.history]
     try:
-      write_file(self.folder / "model.safetensors", safetensors(weights, self.model.config.patch_size))
-      write_file(self.state, safetensors(state, metadata={"run": json.dumps(run)}))
+      pieces = checkpoint.safetensors(weights, self.model.config.vision.patch_size)
+      checkpoint.write_file(self.folder / "model.safetensors", pieces)
+      checkpoint.write_file(self.state, checkpoint.safetensors(state, metadata={"run": json.dumps(run)}))
       self.saved = self.done
-      write_file(self.folder / "loss.csv", ["".join(f"{','.join(map(str, row))}\n" for row in rows).encode()])
+      lines = [f"{','.join(map(str, row))}\n".encode() for row in table]
+      checkpoint.write_file(self.folder / "loss.csv", lines)
       if self.history:
+        picture = io.BytesIO()
         curve(self.history).save(picture, "PNG")
-        write_file(self.folder / "loss.png", [picture.getbuffer()])
+        checkpoint.write_file(self.folder / "loss.png", [picture.getbuffer()])
     except OSError as e:
-      raise Fault(f"{self.folder}: {e.strerror or e}; the checkpoint of step {self.saved} is whole", code=1) from None
+      raise Fault(f"{self.folder}: {e.strerror or e}; the checkpoint of step {self.saved} is whole",
+                  code=1) from None
 
   def learning_rate(self, step):
     """Linear warm-up over the first 5 %, then half a cosine."""
@@ -386,15 +397,15 @@ class Run:
     return self.args.lr * min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * step / self.args.steps))
 
   def interrupt(self, number, frame):
-    """On Ctrl-C: a step that is cut off in the middle would leave weights that no uninterrupted run ever has."""
+    """On Ctrl-C: a step that is cut off in the middle would leave weights that no uninterrupted run ever
+    has."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     self.stop = True
-    vlm.status("")
     vlm.say(self.args, "finishing this step, then saving; Ctrl-C again leaves at once, without")
 
   def train(self):
     """All steps that are left, or those until Ctrl-C."""
-    args, step_tokens = self.args, lambda rows: sum(self.model.config.patches + len(p) + len(a) for p, a in rows)
+    args, patches = self.args, self.model.config.vision.patches
     held_out = self.trainer.batch(*self.data.held_out(), self.data.text)
     every, start, first, tokens = max(1, args.steps // REPORTS), time.perf_counter(), self.done, 0
     with ThreadPoolExecutor(1) as pool:  # the next pictures are drawn or read while these are computed
@@ -402,17 +413,18 @@ class Run:
       while self.done < args.steps and not self.stop:
         rows, pixels = ahead.result()
         ahead = pool.submit(self.data.batch, self.done + 1)
-        value = self.trainer.step(self.trainer.batch(rows, pixels, self.data.text), self.learning_rate(self.done))
-        self.check(value)
+        inputs = self.trainer.batch(rows, pixels, self.data.text)
+        value = self.check(self.trainer.step(inputs, self.learning_rate(self.done)))
         self.done += 1
         self.losses.append(value)
-        tokens += step_tokens(rows)
+        tokens += sum(patches + len(prefix) + len(answer) for prefix, answer in rows)
         spent = time.perf_counter() - start
         left = spent / (self.done - first) * (args.steps - self.done)
-        vlm.status(f"step {self.done}/{args.steps} [{'#' * (20 * self.done // args.steps):20}] loss {value:.3f}  "
-                   f"{tokens / spent:.0f} tokens/s  {left / 60:.1f} min left")
+        speed = f"{tokens / spent:.0f} tokens/s"
+        vlm.terminal.bar(self.done, args.steps, f"steps  loss {value:.3f}  {speed}  {left / 60:.1f} min left")
         if self.done % every == 0 or self.done == args.steps:
-          self.history.append([self.done, float(np.mean(self.losses)), self.check(self.trainer.loss(held_out))])
+          unseen = self.check(self.trainer.loss(held_out))
+          self.history.append([self.done, float(np.mean(self.losses)), unseen])
           self.losses = []
           self.report()
           self.save()
@@ -429,9 +441,10 @@ class Run:
     """One line with the losses, one with a held-out question, its true answer and the model's."""
     step, loss, held_out = self.history[-1]
     image, prefix, suffix = self.data.sample(len(self.history))
-    room = self.model.config.max_context - self.model.config.patches - len(self.model.tokenizer.prompt(prefix))
-    self.model.features.clear()  # they are of the weights of before
-    [answer] = self.model.generate([image], [prefix], max_tokens=min(self.data.text, room))
+    model, config = self.model, self.model.config
+    room = config.text.max_position_embeddings - config.vision.patches - len(model.tokenizer.prompt(prefix))
+    model.features.clear()  # they are of the weights of before
+    [answer] = model.generate([image], [prefix], max_tokens=min(self.data.text, room))
     vlm.say(self.args, f"step {step}: loss {loss:.3f}, held out {held_out:.3f}\n"
                        f"  {prefix!r}: {suffix!r}, model: {answer.text!r}")
 
@@ -440,7 +453,8 @@ def curve(history, width=640, height=400):
   image = Image.new("RGB", (width, height), "white")
   draw, font, pad = ImageDraw.Draw(image), ImageFont.load_default(size=13), 45
   last, top = history[-1][0], max(max(row[1:]) for row in history) * 1.05 or 1
-  at = lambda step, loss: (pad + step / last * (width - 2 * pad), height - pad - loss / top * (height - 2 * pad))
+  def at(step, loss):
+    return pad + step / last * (width - 2 * pad), height - pad - loss / top * (height - 2 * pad)
   draw.line([at(0, top), at(0, 0), at(last, 0)], fill="black")
   for i in range(5):
     x, y = at(last * i / 4, top * i / 4)
@@ -451,76 +465,37 @@ def curve(history, width=640, height=400):
     draw.text((width - pad, pad + 18 * column), name, fill=color, font=font, anchor="rt")
   return image
 
-def hub_name(name):
-  """The reverse of vlm.canonical: the name that hub files use."""
-  name = re.sub(r"^language_model\.", "language_model.model.", name)
-  return re.sub(r"^vision_tower\.", "vision_tower.vision_model.", name)
-
-def safetensors(tensors, patch=None, metadata=None):
-  """{name: (Tensor, type to store)}, uint16 meaning bfloat16 -> the pieces of a safetensors file. patch: its side, for
-  the patch embedding, which is a convolution in files."""
-  kinds = {dtypes.float32: "F32", dtypes.float16: "F16", dtypes.uint16: "BF16", dtypes.int8: "I8", dtypes.uint8: "U8"}
-  header, end = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
-  for name, (t, dtype) in tensors.items():
-    shape = (len(t), 3, patch, patch) if name.endswith("patch_embedding.weight") and patch else t.shape
-    place = [end, end := end + t.numel() * dtype.itemsize]
-    header[name] = {"dtype": kinds[dtype], "shape": shape, "data_offsets": place}
-  text = json.dumps(header).encode()
-  text += b" " * (-(8 + len(text)) % 64)  # aligned for vectors: the CPU uses tensors where the file is mapped
-  yield len(text).to_bytes(8, "little") + text
-  for t, dtype in tensors.values():
-    array = t.numpy()
-    if dtype == dtypes.uint16 and array.dtype != np.uint16:  # bfloat16 again, rounded to the nearest
-      bits = array.view(np.uint32)
-      array = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-    yield np.ascontiguousarray(array.astype(np.float16) if dtype == dtypes.float16 else array).data
-
-def write_file(path, pieces):
-  """Pieces of bytes -> a file, whole or not at all."""
-  part = path.with_name(path.name + ".part")
-  try:
-    with open(part, "wb") as file:
-      for piece in pieces:
-        file.write(piece)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(part, path)
-  finally:
-    part.unlink(missing_ok=True)
-
-def add_arguments(parser):
-  """The training options of `python vlm.py`."""
-  t = parser.add_argument_group("training")
-  t.add_argument("--train", nargs="?", const="", metavar="DATA", help="a folder with data.jsonl; none: the toy world")
-  t.add_argument("--init", metavar="DIR", help="checkpoint to start from (default: random weights)")
-  t.add_argument("--save", metavar="DIR", help="where it goes (default: weights/trained)")
-  t.add_argument("--steps", type=int, metavar="N", help="updates (default: 24000, of a data folder 2000)")
-  t.add_argument("--batch", type=batch.number_or_path, default=32, metavar="B|LIST",
-                 help="questions an update (default: %(default)s); without --train, a list of questions for --out")
-  t.add_argument("--lr", type=float, default=1e-3, metavar="R", help="highest learning rate (default: %(default)s)")
-  t.add_argument("--train-only", default="all", choices=PARTS, help="freeze the rest")
-  t.add_argument("--resume", action="store_true", help="go on with the run in --save")
-  t.add_argument("--skip-bad", action="store_true", help="leave out bad lines of data.jsonl")
-
-def run(args):
-  """What `python vlm.py --train` does -> exit code, None without --train. Raises Fault."""
-  if args.train is None:
-    if args.init or args.resume or args.skip_bad:
-      raise Fault("--init, --resume and --skip-bad go with --train")
-    if args.save and not args.quantize:
-      raise Fault("--save goes with --train or --quantize")
-    return None
-  if isinstance(args.batch, str):
-    raise Fault(f"--batch {args.batch}: with --train it is how many questions an update takes")
-  if args.quantize or args.shard > 1:
-    raise Fault(f"{'--quantize' if args.quantize else '--shard'} is for finished weights; leave out --train")
-  args.save = args.save or "weights/trained"
+def arguments(argv):
+  """-> the options on a command line, checked. Raises Fault."""
+  p = vlm.Parser(prog="train.py", allow_abbrev=False,
+                 description="Train the toy world from random weights, or pictures on top of a checkpoint.")
+  p.add_argument("data", nargs="?", default="", metavar="DATA",
+                 help="a folder with data.jsonl; none: the toy world")
+  p.add_argument("--init", metavar="DIR", help="checkpoint to start from (default: random weights)")
+  p.add_argument("--save", metavar="DIR", help="where it goes (default: weights/trained)")
+  p.add_argument("--steps", type=int, metavar="N", help="how many (default: 24000, of a data folder 2000)")
+  p.add_argument("--batch", type=int, default=32, metavar="N", help="questions a step (default %(default)s)")
+  p.add_argument("--lr", type=float, default=1e-3, metavar="R", help="highest rate (default %(default)s)")
+  p.add_argument("--train-only", default="all", choices=PARTS, help="freeze the rest")
+  p.add_argument("--resume", action="store_true", help="go on with the run in --save")
+  p.add_argument("--skip-bad", action="store_true", help="leave out bad lines of data.jsonl")
+  p.add_argument("--device", metavar="DEV", help="METAL, CUDA, CPU, ... (default: the best, or $DEV)")
+  p.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
+  args = p.parse_args(argv)
+  args.save = args.save or ROOT / "weights" / "trained"
   if args.steps is None:
-    args.steps = 2000 if args.train else 24000
+    args.steps = 2000 if args.data else 24000
   for wrong, message in ((args.steps < 1, "--steps: at least 1"), (args.batch < 1, "--batch: at least 1"),
-                         (not 0 < args.lr < math.inf, "--lr: above 0")):
+                         (not 0 < args.lr < math.inf, "--lr: above 0"),
+                         (args.skip_bad and not args.data, "--skip-bad goes with a data folder")):
     if wrong:
       raise Fault(message)
+  return args
+
+@vlm.program
+def main(argv):
+  args = arguments(argv)
+  vlm.terminal.quiet = args.quiet
   job = Run(args)
   before = signal.signal(signal.SIGINT, job.interrupt)
   try:
@@ -530,3 +505,6 @@ def run(args):
   vlm.say(args, f"stopped after step {job.done}; --resume continues" if job.stop else
                 f"{args.steps} steps done: {job.folder}")
   return 130 if job.stop else 0
+
+if __name__ == "__main__":
+  sys.exit(main())

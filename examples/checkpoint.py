@@ -1,0 +1,130 @@
+"""Writing checkpoints: files as hub repositories have them, each of them whole or not at all (train.py), and whole new
+folders (quantize.py, big_vision.py)."""
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+from tinygrad import dtypes
+
+import vlm
+
+MASKS = vlm.beside("draw").NAME
+
+
+def hub_name(name):
+  """The reverse of vlm.canonical: the name that hub files use."""
+  name = re.sub(r"^language_model\.", "language_model.model.", name)
+  return re.sub(r"^vision_tower\.", "vision_tower.vision_model.", name)
+
+
+def safetensors(tensors, patch=None, metadata=None):
+  """{name: (Tensor, type to store)}, uint16 meaning bfloat16 -> the pieces of a safetensors file. patch: its
+  side, for the patch embedding, which is a convolution in files."""
+  kinds = {dtypes.float32: "F32", dtypes.float16: "F16", dtypes.uint16: "BF16", dtypes.int8: "I8",
+           dtypes.uint8: "U8"}
+  header, end = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
+  for name, (t, dtype) in tensors.items():
+    shape = (len(t), 3, patch, patch) if name.endswith("patch_embedding.weight") and patch else t.shape
+    place = [end, end := end + t.numel() * dtype.itemsize]
+    header[name] = {"dtype": kinds[dtype], "shape": shape, "data_offsets": place}
+  text = json.dumps(header).encode()
+  text += b" " * (-(8 + len(text)) % 64)  # aligned for vectors: the CPU uses tensors where the file is mapped
+  yield len(text).to_bytes(8, "little") + text
+  for t, dtype in tensors.values():
+    array = t.numpy()
+    if dtype == dtypes.uint16 and array.dtype != np.uint16:  # bfloat16 again, rounded to the nearest
+      bits = array.view(np.uint32)
+      array = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    yield np.ascontiguousarray(array.astype(np.float16) if dtype == dtypes.float16 else array).data
+
+
+def write_file(path, pieces):
+  """Pieces of bytes -> a file, whole or not at all."""
+  part = path.with_name(path.name + ".part")
+  try:
+    with open(part, "wb") as file:
+      for piece in pieces:
+        file.write(piece)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(part, path)
+  finally:
+    part.unlink(missing_ok=True)
+
+
+def copy_masks(source, folder):
+  """The decoder of masks goes where its checkpoint goes: from a checkpoint's folder to a new one, if it is
+  there."""
+  if (Path(source) / MASKS).exists():
+    write_file(Path(folder) / MASKS, [(Path(source) / MASKS).read_bytes()])
+
+
+class Later:
+  """An array of that shape and numpy type that `make()` makes when it is written, so that few are in memory.
+  It has what `safetensors` needs of a Tensor."""
+  def __init__(self, shape, dtype, make):
+    self.shape, self.dtype, self.numpy = tuple(shape), getattr(dtypes, np.dtype(dtype).name), make
+
+  @classmethod
+  def of(cls, array):
+    """One that is there already, such as a view of a mapped file."""
+    return cls(array.shape, array.dtype, lambda: array)
+
+  def __len__(self):
+    return self.shape[0]
+
+  def numel(self):
+    return math.prod(self.shape)
+
+  def nbytes(self):
+    return self.numel() * self.dtype.itemsize
+
+
+def refuse_to_overwrite(folder):
+  """Raises Fault if there is a checkpoint, or part of one, where a new one is to be written."""
+  small = [folder / name for name in ("config.json", "tokenizer.model", MASKS)]
+  if there := [file for file in (*folder.glob("*.safetensors*"), *small) if file.exists()]:
+    raise vlm.Fault(f"{there[0]} is there already and would be lost; choose another folder")
+
+
+def check_space(folder, size):
+  """Raises Fault if that many bytes do not fit."""
+  if size > (free := shutil.disk_usage(folder).free):
+    sizes = f"{size / 1e9:.1f} GB where {free / 1e9:.1f} are free"
+    raise vlm.Fault(f"{folder}: the disk is too full, {sizes}; choose another place", code=1)
+
+
+def write(folder, config, tokenizer, tensors):
+  """config: content of the config.json; tokenizer: the path of one, beside which there may be a decoder of
+  masks; tensors: {path in PaliGemma: Later}, made in this order. Raises Fault."""
+  folder, existed = Path(folder), Path(folder).exists()
+  refuse_to_overwrite(folder)
+
+  def pieces():
+    named = {hub_name(name): (later, later.dtype) for name, later in tensors.items()}
+    for done, piece in enumerate(safetensors(named)):
+      vlm.terminal.bar(done, len(tensors), f"writing {folder}")
+      yield piece
+    vlm.progress("")
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    check_space(folder, sum(later.nbytes() for later in tensors.values()))
+    write_file(folder / "model.safetensors", pieces())
+    write_file(folder / "tokenizer.model", [tokenizer.read_bytes()])
+    copy_masks(tokenizer.parent, folder)
+    write_file(folder / "config.json", [json.dumps(config, indent=1).encode()])
+  except BaseException as e:  # Ctrl-C too
+    for name in ("model.safetensors", "tokenizer.model", MASKS, "config.json"):
+      with contextlib.suppress(OSError):
+        (folder / name).unlink(missing_ok=True)
+    if not existed:
+      with contextlib.suppress(OSError):
+        folder.rmdir()
+    if isinstance(e, OSError):
+      raise vlm.Fault(f"{folder}: {e.strerror or e}; choose another folder", code=1) from None
+    raise

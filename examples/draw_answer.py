@@ -1,0 +1,35 @@
+"""An answer that is there already, drawn: the boxes and masks of a detect or segment answer on its picture.
+
+    python examples/draw_answer.py IMAGE "<loc0529><loc0451><loc0840><loc0700> red circle" OUT
+
+Masks are drawn with the vae-oid.npz of the checkpoint that --weights names, or else with that of weights/.
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vlm.py, wherever this is started from
+import vlm
+
+ROOT = Path(vlm.__file__).resolve().parent
+
+
+@vlm.program
+def main(argv):
+  p = vlm.Parser(prog="draw_answer.py", description="Draw an answer's boxes and masks.", allow_abbrev=False)
+  p.add_argument("image", metavar="IMAGE", help="the picture that was asked about")
+  p.add_argument("answer", metavar="ANSWER", help="what PaliGemma said, <loc> and <seg> tokens as text")
+  p.add_argument("out", metavar="OUT", help="the picture to be written")
+  p.add_argument("--weights", metavar="DIR", help="whose vae-oid.npz draws masks (default: that of weights/)")
+  p.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
+  args = p.parse_args(argv)
+  vlm.terminal.quiet = args.quiet
+  vlm.beside("draw").check_output(args.out, [args.image])
+  folder = vlm.terminal.find_weights(args.weights, ROOT) if args.weights else ROOT / "weights"
+  picture = vlm.open_image(args.image)
+  boxes = vlm.parse_boxes(args.answer, *picture.size)
+  device = vlm.find_device(None) if any(box.codes for box in boxes) else None
+  vlm.terminal.Drawing(picture, boxes, folder, device).save(args, [args.image])
+
+
+if __name__ == "__main__":
+  sys.exit(main())

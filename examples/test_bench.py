@@ -1,0 +1,95 @@
+"""Tests of bench.py: every measurement, on the smallest model there is. What they measure is not looked
+at."""
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # vlm.py, wherever this is started from
+import bench
+import vlm
+
+TINY = str(ROOT / "weights" / "tiny1")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)
+  sizes = {"FLOATS": 1 << 16, "STEPS": 1000, "OUTPUTS": 33, "INPUTS": 64, "MANY": 40, "TRAINED": 3}
+  for name, size in sizes.items():
+    monkeypatch.setattr(bench, name, size)
+
+
+@pytest.fixture
+def measure(capsys):
+  def call(*argv):
+    """-> the cells of the table that is printed, without its header."""
+    assert bench.main([*argv]) in (0, None)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in lines}) == 1, "a row of another length"
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+  return call
+
+
+def test_speed_beside_another_checkout(measure):
+  rows = measure(TINY, "--repeat", "1", "--beside", str(ROOT))
+  assert [row[0] for row in rows] == list(bench.ROWS.values())
+  for _, ours, theirs, ratio, _ in rows:
+    assert abs(float(ours) / max(float(theirs), 1e-3) - float(ratio)) < 2  # three digits of a millisecond
+
+
+def test_speed_alone_of_a_checkpoint_by_its_name(measure):
+  rows = measure("tiny1", "--repeat", "2")
+  assert len(rows) == 8 and all(len(row) == 3 for row in rows)
+  assert re.fullmatch(r"\d+ of \d+ GFLOPS", rows[1][2]) and re.fullmatch(r"[\d.]+ of [\d.]+ GB/s", rows[4][2])
+
+
+def test_quantised(measure):
+  rows = measure(TINY, "--quantized", "--repeat", "1")
+  assert [row[0] for row in rows] == ["as they are", "int8", "int4"]
+  same = [int(row[-1]) for row in rows]
+  assert same[0] == 64 and same[1] > 32, "int8 hardly ever chooses another token"
+
+
+def test_sides(measure):
+  assert [row[:2] for row in measure(TINY, "--sides", "56", "84")] == [["56", "16"], ["84", "36"]]
+
+
+def test_products(measure):
+  assert len(measure("--products")) == 7 and vlm.kernels.PORTABLE is False
+
+
+def test_the_training_step(capsys):
+  assert bench.main(["--train"]) is None
+  assert re.search(r"^32 questions a step, .* matmul \d+%, reductions \d+%", capsys.readouterr().out)
+
+
+def test_the_protocol_of_workers(capsys):
+  """What --beside hands to another checkout's bench.py, and what it takes from there."""
+  assert bench.main([TINY, "--worker", json.dumps([0, 1, None, None, 3])]) is None
+  result = json.loads(capsys.readouterr().out)
+  assert set(bench.ROWS) - {"both"} <= set(result) and len(result["choices"]) == 3
+
+
+@pytest.mark.parametrize("argv, word", [
+  ([], "which checkpoint"), ([TINY, "--vs", "transformers"], "--python"),
+  ([TINY, "--python", "python3"], "--vs"), ([TINY, "--check"], "--python"),
+  ([TINY, "--products"], "leave out"), (["--train", "--repeat", "2"], "--repeat"),
+  ([TINY, "--sides", "56", "--beside", "."], "--beside"), ([TINY, "--beside", "nowhere"], "nowhere"),
+  ([TINY, "--repeat", "0"], "at least 1"), ([TINY, "--check", "--quantized"], "not allowed"),
+  ([TINY, "--quick"], "--quick"), (["nowhere"], "nowhere")])
+def test_faults(argv, word, capsys):
+  assert bench.main(argv) == 2
+  captured = capsys.readouterr()
+  assert not captured.out and captured.err.startswith("bench: ") and captured.err.count("\n") == 1
+  assert word in captured.err
+
+
+def test_live_the_same_choices_as_transformers(measure, capsys):
+  pytest.importorskip("transformers")
+  rows = measure(TINY, "--repeat", "1", "--vs", "transformers", "--python", sys.executable)
+  assert all(len(row) == 5 for row in rows)
+  assert bench.main([TINY, "--check", "--python", sys.executable]) == 0

@@ -1,0 +1,654 @@
+"""Tests of fast.py and fast.c: every kernel beside the plain body of its operation in vlm.py and beside
+numpy, and the programs kept on disk.
+"""
+import hashlib
+import json
+import math
+import os
+import pickle
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tinygrad import Tensor, TinyJit
+from tinygrad.nn.state import get_state_dict
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # vlm.py, wherever this is started from
+import golden
+import vlm
+
+fast = vlm.kernels
+in_c = pytest.mark.skipif(not fast.runs_c(vlm.open_device("CPU")), reason="no C compiler")
+KINDS = ["float32", "float16", "bfloat16", "int8", "int4"]
+SHAPES = [  # rows, outputs, inputs: multiples of a vector, a tile, a panel, and numbers that are none
+  (1, 1, 1), (1, 16, 32), (1, 33, 7), (1, 97, 4304), (1, 1000, 2050), (2, 17, 7), (3, 64, 4304), (4, 5, 1151),
+  (5, 33, 64), (8, 40, 33), (9, 40, 33), (12, 37, 100), (13, 1, 100), (25, 31, 40), (30, 70, 1151),
+  (40, 100, 4304), (261, 31, 257), (264, 200, 96), (300, 7, 31), (300, 129, 1100), (300, 150, 95)]
+
+
+def normal(*shape, seed=0):
+  return np.random.default_rng((seed, *shape)).standard_normal(shape).astype(np.float32)
+
+
+def tensor(array):
+  return Tensor(array, device="CPU").realize()
+
+
+def encode(w, kind):
+  """-> w as the kernel's argument, and the numbers that it stands for, worked out without the code under
+  test."""
+  if kind == "float32":
+    return tensor(w), w
+  if kind == "float16":
+    return tensor(w.astype(np.float16)), w.astype(np.float16).astype(np.float32)
+  if kind == "bfloat16":
+    bits = (w.view(np.uint32) + 0x8000 >> 16).astype(np.uint16)
+    return tensor(bits), (bits.astype(np.uint32) << 16).view(np.float32)
+  if kind == "int8":
+    scale = np.abs(w).max(1) / 127
+    data = np.rint(w / scale[:, None]).astype(np.int8)
+    return fast.Packed(tensor(data), tensor(scale), w.shape), data * scale[:, None]
+  groups = np.pad(w, ((0, 0), (0, -w.shape[1] % 32))).reshape(len(w), -1, 32)
+  scale = np.abs(groups).max(2) / 7
+  numbers = np.rint(groups / scale[..., None])
+  stored = (numbers + 8).astype(np.uint8).reshape(len(w), -1)
+  packed = fast.Packed(tensor(stored[:, ::2] | stored[:, 1::2] << 4), tensor(scale), w.shape)
+  return packed, (numbers * scale[..., None]).reshape(len(w), -1)[:, :w.shape[1]]
+
+
+def error(out, x, w):
+  """Largest error, in standard deviations of the result: of normal x and w, sqrt(inputs)."""
+  return np.abs(out.numpy() - x.astype(np.float64) @ w.T.astype(np.float64)).max() / x.shape[-1] ** 0.5
+
+
+def limit(kind):
+  """Rounding x to bfloat16 is up to 2^-9 an element; all else is float32's own rounding."""
+  return 5e-6 if kind in ("float32", "float16") or fast.PORTABLE else 0.02
+
+
+# ---- Kernels beside the plain bodies ----
+# (operation, arguments): a shape stands for a tensor of normal numbers, (kind, shape) for a weight.
+MASK = np.random.default_rng(0).random((2, 1, 1, 1, 70)) < 0.5
+EVERYTHING = np.ones((3, 1, 1, 1, 33), bool)
+IDS = np.array([[3, 49, 0], [3, 7, 11]], np.int32)
+CASES = [
+  *[("matmul", (M, K), (kind, (N, K))) for kind in KINDS for M, N, K in (
+    (1, 33, 7), (1, 97, 430), (5, 31, 100), (9, 1, 33), (40, 21, 261))],
+  *[("matmul", (2, 3, 70), (kind, (33, 70))) for kind in KINDS],  # more rows of one product
+  ("matmul", (7, 40), ("float32", (40, 21)), False),
+  ("matmul", (3, 7, 20), ("float32", (3, 35, 20))), ("matmul", (2, 3, 7, 20), ("float32", (2, 3, 35, 20))),
+  ("matmul", (3, 7, 20), ("float32", (3, 20, 35)), False),
+  ("matmul", (2, 3, 7, 20), ("float32", (2, 3, 20, 35)), False),
+  *[("rows", (kind, (50, 70)), IDS) for kind in KINDS],
+  *[("attention", (2, 8, 1, 32), (2, heads, 70, 32), (2, heads, 70, 32), 32 ** -0.5, MASK, cap)
+    for heads in (1, 4, 8) for cap in (0.0, 5.0)],
+  ("attention", (3, 6, 1, 7), (3, 2, 33, 7), (3, 2, 33, 7), 0.5, EVERYTHING),
+  *[("layer_norm", (2, 3, width), (kind, (width,)), (kind, (width,)), 1e-6)
+    for kind in KINDS[:3] for width in (7, 33, 1152)],
+  *[("rms_norm", (2, 3, width), (kind, (width,)), 1e-3) for kind in KINDS[:3] for width in (1, 33, 1152)],
+  *[("softmax", shape, scale)
+    for shape in ((1, 1), (2, 3, 16), (5, 33), (4, 1000)) for scale in (1.0, 0.06, 20.0)],
+  *[("soft_cap", shape, *more) for shape in ((1, 1), (3, 70)) for more in ((30.0,), (5.0, 20.0))],
+  *[("gelu", *[shape] * n) for shape in ((1, 1), (2, 3, 16), (5, 33)) for n in (1, 2)],
+  *[("likeliest", shape) for shape in ((1, 1), (3, 4097), (2, 1536))],
+  ("likeliest", np.float32([[3, 1, math.nan], [-math.inf, -math.inf, -9], [2, 7, 7]]))]
+# The rest of what fast.py has: how tensors, devices and programs are made, see below.
+OTHERS = {"upload", "open_device", "capture"}
+
+
+def argument(what, seed):
+  if isinstance(what, np.ndarray):
+    return tensor(what)
+  if isinstance(what, tuple) and isinstance(what[0], str):
+    return encode(normal(*what[1], seed=seed), what[0])[0]
+  return tensor(normal(*what, seed=seed)) if isinstance(what, tuple) else what
+
+
+def name_of(case):
+  return "-".join(str(part) for part in case if not isinstance(part, np.ndarray)).replace(" ", "")
+
+
+@in_c
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_a_kernel_is_the_plain_body(case, monkeypatch):
+  name, *arguments = case
+  arguments = [argument(what, seed) for seed, what in enumerate(arguments)]
+  with monkeypatch.context() as plainly:
+    plainly.setattr(fast, "runs_c", lambda device: False)
+    assert name == "likeliest" or getattr(fast, name)(*arguments) is None
+    want = getattr(vlm, name).__wrapped__(*arguments).numpy()
+  rounds = any(kind in str(case) for kind in KINDS[2:]) and name == "matmul"
+  exact = 0.01 if name == "rows" and "int" in str(case) else 1e-5  # such rows pass through bfloat16
+  for portable in (True, False):
+    monkeypatch.setattr(fast, "PORTABLE", portable)
+    out = getattr(fast, name)(*arguments)
+    assert out is not None and out.shape == want.shape and out.dtype == Tensor(want).dtype
+    assert np.abs(out.numpy() - want).max() / max(1, want.std()) < (exact if portable or not rounds else 0.03)
+
+
+def test_every_operation_has_its_case():
+  operations = {name for name, f in vars(vlm).items() if getattr(f, "__code__", None) is vlm.matmul.__code__}
+  assert operations == {case[0] for case in CASES} | OTHERS
+  assert all(callable(getattr(fast, name)) for name in operations), "none is decorated in vain"
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16", "uint16", "int8", "uint8", "int32", "bool"])
+def test_tensors_are_made_as_plainly(kind):
+  array = normal(3, 7).astype(kind)
+  for t in (vlm.upload.__wrapped__(array, "CPU"), fast.upload(array, "CPU"),
+            fast.upload(array, "CPU", "a.bias"),
+            fast.upload(array, ("CPU", "CPU:1"))):
+    assert t.dtype == Tensor(array).dtype and np.array_equal(t.numpy(), array)
+
+
+def test_what_is_used_where_it_lies(monkeypatch):
+  memory = np.zeros(4096, np.uint8)
+  start = -memory.ctypes.data % 64
+  aligned, odd = (memory[start + by:][:480].view(np.uint16).reshape(8, 30) for by in (0, 2))
+
+  def mapped(array, name="a.weight"):
+    t = fast.upload(array, "CPU", name)
+    memory[:] ^= 1
+    return np.array_equal(t.numpy(), array)  # a copy is what the memory was
+  assert mapped(aligned) and mapped(odd) == fast.runs_c("CPU")
+  assert not mapped(odd, "position_embedding.weight") and not mapped(odd[0], "a.bias"), "tinygrad reads these"
+  assert not mapped(aligned, None), "what has no name is not the model's to keep"
+  monkeypatch.setattr(fast, "runs_c", lambda device: False)
+  assert mapped(aligned) and not mapped(odd)
+
+
+def test_quantised_weights_find_their_scales():
+  shapes = dict.fromkeys("ab", (5, 40))
+  int8, int4 = np.zeros((5, 40), np.int8), np.zeros((5, 32), np.uint8)
+  row, groups = np.ones(5, np.float32), np.ones((5, 2), np.float32)
+  joined = fast.join_scales({"a": int8, "a_scale": row, "b": int4, "b_scale": groups, "c": row}, shapes)
+  assert {name: type(array) for name, array in joined.items()} == {
+    "a": fast.Packed, "b": fast.Packed, "c": np.ndarray}
+  assert joined["a"].shape == joined["b"].shape == joined["b"].reshape((5, 40)).shape == (5, 40)
+  assert fast.upload(joined["b"], "CPU", "b").float().numpy().shape == (5, 40)
+  for scale in ({}, {"a_scale": groups}, {"a_scale": row.astype(np.float64)}, {"a_scale": row[1:]}):
+    with pytest.raises(vlm.Fault, match="a is quantised"):
+      fast.join_scales({"a": int8} | scale, shapes)
+
+
+def test_devices_and_programs_are_as_plainly():
+  assert fast.open_device("CPU") == vlm.open_device.__wrapped__("CPU") == "CPU"
+  w = tensor(normal(3, 4))
+  for capture in vlm.capture, vlm.capture.__wrapped__:
+    program = capture(lambda x: (x * w).realize(), "CPU")
+    for seed in range(3):
+      x = normal(3, 4, seed=seed)
+      assert np.allclose(program(tensor(x)).numpy(), x * w.numpy())
+
+
+# ---- Kernels beside numpy ----
+
+
+@in_c
+@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_odd_shapes_equal_numpy(kind, portable, monkeypatch):
+  monkeypatch.setattr(fast, "PORTABLE", portable)
+  for M, N, K in SHAPES:
+    x = normal(M, K)
+    w, exact = encode(normal(N, K, seed=1), kind)
+    assert error(vlm.matmul(tensor(x), w), x, exact) < limit(kind), (M, N, K)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_to_float32_is_what_the_numbers_stand_for(kind):
+  w, exact = encode(normal(33, 70), kind)
+  assert np.abs(vlm.to_float32(w).numpy() - exact).max() < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_equal_numpy(kind):
+  w, exact = encode(normal(50, 70), kind)
+  most = 0.01 if kind in ("int8", "int4") else 1e-6  # such rows pass through bfloat16
+  assert np.abs(vlm.rows(w, tensor(IDS)).numpy() - exact[IDS]).max() <= most
+
+
+@in_c
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_at_odd_addresses(kind):
+  """Views of one buffer, as of a mapped file; the bytes around them are 255: NaN, or the largest number."""
+  for M in (1, 20):
+    x = normal(M, 100)
+    w, exact = encode(normal(37, 100, seed=1), kind)
+    views, file = [], np.full(1 << 17, 255, np.uint8)
+    at = 64 - file.ctypes.data % 64
+    for source in fast.sources(w).values():
+      array = source.numpy()
+      at += array.itemsize
+      file[at:at + array.nbytes] = array.reshape(-1).view(np.uint8)
+      views.append(Tensor.from_blob(file.ctypes.data + at, array.shape, dtype=source.dtype, device="CPU"))
+      at += -(-array.nbytes // 64) * 64
+    w = fast.Packed(*views, w.shape) if isinstance(w, fast.Packed) else views[0]
+    assert error(vlm.matmul(tensor(x), w), x, exact) < limit(kind)
+
+
+def test_nothing_is_written_outside():
+  """The results lie side by side in one buffer: a store too many would change the neighbour."""
+  for M, N in ((1, 1), (3, 17), (13, 33), (25, 31)):
+    x, w = normal(2, M, 40), normal(2, N, 40, seed=1)
+    out = vlm.matmul(tensor(x), tensor(w))
+    assert max(error(out[i], x[i], w[i]) for i in range(2)) < 5e-6
+
+
+def test_expressions_slices_and_transposes_as_input():
+  x, w = normal(9, 40), normal(40, 21, seed=1)
+  assert error(vlm.matmul(tensor(x)[2:7] * 2, tensor(w).T), 2 * x[2:7], w.T) < 5e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_replays_of_a_captured_program(kind):
+  w, exact = encode(normal(48, 64), kind)
+  jit = TinyJit(lambda x: (vlm.matmul(x, w) * 2).realize())
+  for step in range(5):
+    x = normal(5, 64, seed=step)
+    assert error(jit(tensor(x)) / 2, x, exact) < limit(kind), step
+
+
+@in_c
+@pytest.mark.parametrize("kind", ["nt", "nn", "tn"])
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3)])
+def test_three_kinds_batches_and_their_gradients(kind, lead):
+  batched = bool(lead)
+  lead = lead or (4,)  # more rows of one product
+  a = normal(*lead, *((20, 50) if kind[0] == "n" else (50, 20)))
+  b = normal(*(lead if batched or kind == "tn" else ()), *((50, 35) if kind[1] == "n" else (35, 50)), seed=1)
+  if kind == "tn" and not batched:  # rows of both are summed over
+    want = a.reshape(-1, 20).T @ b.reshape(-1, 35)
+  else:
+    want = (a if kind[0] == "n" else a.swapaxes(-1, -2)) @ (b if kind[1] == "n" else b.swapaxes(-1, -2))
+  ta, tb, m = tensor(a), tensor(b), tensor(normal(*want.shape, seed=2))
+  out = fast.c_matmul(ta, tb, kind, batched)
+  assert np.abs(out.numpy() - want).max() < 1e-4
+  if kind == "tn" and not batched:
+    plain = ta.reshape(-1, 20).T @ tb.reshape(-1, 35)
+  else:
+    plain = ta if kind[0] == "n" else ta.transpose(-1, -2)
+    plain = plain @ (tb if kind[1] == "n" else tb.transpose(-1, -2))
+  out = fast.c_matmul(ta, tb, kind, batched)  # again: numpy() has made the other one a constant
+  for got, expected in zip((out * m).sum().gradient(ta, tb), (plain * m).sum().gradient(ta, tb)):
+    assert np.abs(got.numpy() - expected.numpy()).max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
+def test_a_frozen_weight_passes_the_gradient_on(kind):
+  x, m = (tensor(normal(*s)) for s in ((7, 40), (7, 21)))
+  w, exact = encode(normal(21, 40, seed=1), kind)
+  [gradient] = (vlm.matmul(x, w) * m).sum().gradient(x)
+  assert np.abs(gradient.numpy() - m.numpy() @ exact).max() < 1e-4
+
+
+@in_c
+def test_profile_knows_operations_and_bytes():
+  w, _ = encode(normal(48, 64), "bfloat16")
+  call = vlm.matmul(tensor(normal(3, 64)), w).schedule_linear().src[-1].src[0]
+  estimates = call.src[0].arg.estimates
+  assert estimates.ops == 2 * 3 * 48 * 64 and 4 * 3 * (48 + 64) + 2 * 48 * 64 <= estimates.mem < 30000
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 3, 16), (5, 33), (1, 2112, 264), (4, 1000)])
+def test_softmax_equals_numpy(shape):
+  for size, scale in ((1, 1.0), (20, 0.0625), (300, 1.0)):  # flat, as in the models, nearly one-hot
+    x = normal(*shape) * size
+    want = np.exp((x - x.max(-1, keepdims=True)).astype(np.float64) * scale)
+    want /= want.sum(-1, keepdims=True)
+    assert np.abs(vlm.softmax(tensor(x), scale).numpy() - want).max() < 1e-6
+
+
+def test_softmax_of_masked_and_of_broken_rows():
+  x = normal(3, 40)
+  x[0, 5:], x[1, 7] = -np.inf, np.nan
+  weights = vlm.softmax(tensor(x), 1.0).numpy()
+  assert (weights[0, 5:] < 1e-30).all() and abs(weights[0, :5].sum() - 1) < 1e-6
+  assert np.isnan(weights[1]).all(), "a NaN that is hidden would be taken for an answer"
+  assert np.isfinite(weights[2]).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 3, 16), (5, 33), (4, 1000)])
+def test_gelu_equals_numpy(shape):
+  x, times = normal(*shape) * 4, normal(*shape, seed=1)
+  x.flat[0] = -200
+  double = x.astype(np.float64)
+  want = double / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (double + 0.044715 * double ** 3)))
+  assert np.abs(vlm.gelu(tensor(x)).numpy() - want).max() < 2e-6
+  assert np.abs(vlm.gelu(tensor(x), tensor(times)).numpy() - want * times).max() < 1e-5
+  x.flat[-1] = np.nan
+  assert np.isnan(vlm.gelu(tensor(x)).numpy().flat[-1])
+
+
+def test_soft_cap_equals_numpy():
+  x = normal(3, 70) * 40
+  for cap, scale in ((50.0, 0.0625), (30.0, 1.0)):
+    want = cap * np.tanh(x.astype(np.float64) * scale / cap)
+    assert np.abs(vlm.soft_cap(tensor(x), cap, scale).numpy() - want).max() < 2e-5
+  x[1, 69] = np.nan
+  assert np.isnan(vlm.soft_cap(tensor(x), 30.0).numpy()[1, 69])
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("width", [1, 7, 16, 33, 1152])
+def test_norms_equal_numpy(width, kind):
+  x = normal(2, 3, width) * 3 + 5
+  (weight, w), (bias, b) = (encode(normal(width, seed=seed), kind) for seed in (1, 2))
+  rms, layer = vlm.RMSNorm(width, 1e-6), vlm.LayerNorm(width, 1e-6)
+  rms.weight = layer.weight = weight
+  layer.bias = bias
+  double = x.astype(np.float64)
+  away = double - double.mean(-1, keepdims=True)
+  for norm, want in ((rms, double / np.sqrt((double ** 2).mean(-1, keepdims=True) + 1e-6) * (1 + w)),
+                     (layer, away / np.sqrt((away ** 2).mean(-1, keepdims=True) + 1e-6) * w + b)):
+    assert np.abs(norm(tensor(x)).numpy() - want).max() < 1e-4
+
+
+@pytest.mark.parametrize("B, heads, kv_heads, C, d", [(1, 8, 1, 512, 256), (2, 8, 4, 70, 32), (3, 3, 3, 1, 7),
+                                                      (2, 6, 2, 33, 80), (1, 5, 1, 100, 64)])
+@pytest.mark.parametrize("cap", [0.0, 5.0])
+def test_attention_of_one_token_equals_numpy(B, heads, kv_heads, C, d, cap):
+  q, k, v = normal(B, heads, 1, d) * 2, normal(B, kv_heads, C, d, seed=1), normal(B, kv_heads, C, d, seed=2)
+  seen = np.random.default_rng(0).random((B, C)) < 0.5
+  seen[:, -1], seen[0, :C // 2] = True, False  # whole blocks that nobody sees
+  k[~seen[:, None].repeat(kv_heads, 1)] *= 1e6  # what would be noticed, if it were looked at
+  logits = np.einsum("bkqd,bkcd->bkqc", q.reshape(B, kv_heads, -1, d), k.astype(np.float64)) * d ** -0.5
+  logits = cap * np.tanh(logits / cap) if cap else logits
+  weights = np.exp(np.where(seen[:, None, None], logits, -np.inf))
+  want = (weights / weights.sum(-1, keepdims=True) @ v).reshape(B, 1, heads * d)
+  out = vlm.attention(*map(tensor, (q, k, v)), d ** -0.5, tensor(seen).reshape(B, 1, 1, 1, C), cap)
+  assert np.abs(out.numpy() - want).max() < 1e-5
+
+
+@pytest.mark.parametrize("device", ["CPU:X86", "CPU:LLVM"])
+def test_without_a_compiler(device, tmp_path):
+  """Ordinary tinygrad operations instead, with the same results."""
+  code = """
+import test_fast as t, vlm
+try:
+  vlm.open_device("CPU")
+except Exception as e:
+  raise SystemExit(f"skip: {e}")
+assert not t.fast.runs_c("CPU")
+for kind in t.KINDS:
+  x = t.normal(3, 40)
+  w, exact = t.encode(t.normal(5, 40, seed=1), kind)
+  assert t.error(vlm.matmul(t.tensor(x), w), x, exact) < 1e-5, kind
+"""
+  env = os.environ | {"DEV": device, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "examples")])}
+  done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=tmp_path)
+  if "skip: " in done.stderr:
+    pytest.skip(f"{device} is not to be had here")
+  assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("device", ["CPU:LLVM", "CPU:X86"])
+def test_other_compilers_answer_the_same(device, tmp_path):
+  runs = [ask(tmp_path, DEV=name) for name in ("CPU", device)]
+  (want, _), (got, message) = (run.communicate() for run in runs)
+  if "cannot be used here" in message:
+    pytest.skip(f"{device} is not to be had here")
+  assert json.loads(got)["tokens"] == json.loads(want)["tokens"]
+
+
+# ---- Programs on disk ----
+
+TINY, PROMPT = ROOT / "weights" / "tiny1", "caption en"
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+  """A folder of programs of its own."""
+  monkeypatch.setattr(fast, "CACHE", tmp_path / "programs")
+  monkeypatch.setattr(fast, "KEPT", 100)
+  return tmp_path / "programs"
+
+
+def programs(folder):
+  return sorted(folder.glob("*.program"))
+
+
+def picture(model):
+  return golden.pixels(model.config.vision.image_size, 1)[0]
+
+
+def answer(model):
+  [a] = model.generate([picture(model)], [PROMPT], max_tokens=6)
+  return a.tokens, model.logits(picture(model), PROMPT)
+
+
+def ask(cache, **env):
+  command = [sys.executable, ROOT / "vlm.py", ROOT / "examples/shapes.png", PROMPT, "--weights", TINY,
+             "--max-tokens", "6", "--json"]
+  return subprocess.Popen(command, cwd=cache, env=os.environ | {"XDG_CACHE_HOME": str(cache)} | env,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_another_process_captures_nothing(kept, tmp_path):
+  """It answers as the first one did, although its TinyJit cannot be called to capture."""
+  code = """
+import json, sys
+sys.path[:0] = sys.argv[2:]
+import golden, vlm
+if sys.argv[1] == "again":
+  def refuse(function):
+    raise SystemExit("captured again")
+  vlm.TinyJit = vlm.kernels.TinyJit = refuse
+m = vlm.load(sys.argv[2] + "/weights/tiny1", "CPU")
+picture, = golden.pixels(m.config.vision.image_size, 1)
+[a] = m.generate([picture], ["caption en"], max_tokens=6)
+print(json.dumps([a.tokens, m.logits(picture, "caption en").tolist()]))
+"""
+  command = [sys.executable, "-c", code, "first", ROOT, ROOT / "examples"]
+  env = os.environ | {"XDG_CACHE_HOME": str(kept)}
+  answers = []
+  for command[3] in ("first", "again"):
+    done = subprocess.run(command, env=env, cwd=tmp_path, check=True, capture_output=True, text=True)
+    answers.append(json.loads(done.stdout))
+  assert answers[0] == answers[1] and len(answers[0][0]) == 6
+  sizes = [file.stat().st_size for file in programs(kept / "vlm")]
+  assert len(sizes) >= 3 and max(sizes) < 600_000, "no weights, no scratch memory"
+
+
+def test_programs_work_on_the_weights_of_their_reader(kept, monkeypatch):
+  first = vlm.load(TINY, "CPU")
+  before = answer(first)
+  other = vlm.load(TINY, "CPU")
+  for name, t in get_state_dict(other.net).items():
+    if "mlp" in name and t.ndim == 2:
+      t.replace((vlm.to_float32(t) * 1.5).contiguous().realize())
+  files = programs(kept)
+  tokens, logits = answer(other)
+  assert programs(kept) == files, "nothing new was captured"
+  monkeypatch.setattr(fast, "KEPT", 0)
+  fresh = vlm.load(TINY, "CPU")
+  for name, t in get_state_dict(fresh.net).items():
+    t.replace(get_state_dict(other.net)[name])
+  assert np.array_equal(answer(fresh)[1], logits) and answer(fresh)[0] == tokens
+  assert not np.allclose(before[1], logits), "the other weights count"
+  assert np.array_equal(answer(first)[1], before[1]), "and the first model's are its own"
+
+
+def test_reading_shares_no_buffer_with_others(kept):
+  """Numbers of buffers are counted anew in each process: what a file says must not meet a live buffer's."""
+  answer(vlm.load(TINY, "CPU"))
+  alive = [tensor(np.full(n, 7, np.float32)) for n in range(1, 400)]
+  answer(vlm.load(TINY, "CPU"))
+  assert all((t.numpy() == 7).all() for t in alive)
+
+
+def test_a_damaged_file_is_replaced(kept):
+  want = answer(vlm.load(TINY, "CPU"))
+  for i, file in enumerate(programs(kept)):
+    data = bytearray(file.read_bytes())
+    data[len(data) * 2 // 3] ^= 1
+    file.write_bytes([data, data[:len(data) // 2], b"garbage", b""][i % 4])
+  tokens, logits = answer(vlm.load(TINY, "CPU"))
+  assert tokens == want[0] and np.array_equal(logits, want[1])
+  for file in programs(kept):
+    data = file.read_bytes()
+    assert data[:32] == hashlib.sha256(data[32:]).digest()
+
+
+def test_no_folder_for_programs(kept):
+  kept.write_text("a file is in the way")
+  tokens, _ = answer(vlm.load(TINY, "CPU"))
+  assert len(tokens) == 6 and kept.read_text() == "a file is in the way"
+
+
+def test_no_home_folder(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(fast, "CACHE", Path("~/.cache/vlm"))
+  monkeypatch.setattr(fast, "KEPT", 100)
+  assert len(answer(vlm.load(TINY, "CPU"))[0]) == 6 and not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_can_only_be_read(kept, monkeypatch):
+  answer(vlm.load(TINY, "CPU"))
+
+  def refuse(*args, **options):
+    raise PermissionError("read-only")
+  for name in ("utime", "replace", "unlink", "mkdir"):
+    monkeypatch.setattr(fast.os, name, refuse)
+  monkeypatch.setattr(fast, "TinyJit", refuse)
+  assert len(answer(vlm.load(TINY, "CPU"))[0]) == 6
+
+
+# ---- Programs on disk: which one ----
+
+
+def test_whatever_shapes_a_program_is_in_its_name(monkeypatch):
+  def work(x):
+    return x + 1
+  weights = {"a": Tensor.empty(3, 4), "b": Tensor.empty(2)}
+
+  def name(*shaped_by, tensors=weights, function=work):
+    return fast.kept_file(function, ("CPU", *shaped_by), tensors).name
+  monkeypatch.setattr(fast, "KEPT", 100)
+  names = {name("x", 1), name("x", 2), name("y", 1), name("x", 1, function=lambda x: x + 2),
+           name("x", 1, tensors={"a": Tensor.empty(4, 3), "b": Tensor.empty(2)}),
+           name("x", 1, tensors={"a": Tensor.empty(3, 4).half(), "b": Tensor.empty(2)}),
+           name("x", 1, tensors={"c": Tensor.empty(3, 4), "b": Tensor.empty(2)})}
+  assert name("x", 1) in names and len(names) == 7
+  monkeypatch.setattr(fast, "PORTABLE", not fast.PORTABLE)
+  assert name("x", 1) not in names
+  assert fast.kept_file(work, (("CPU", "CPU:1"), "x"), weights) is None
+
+
+@pytest.mark.parametrize("old, new, same", [
+  ("@fast\ndef gelu", "# A remark that nothing depends on.\n\n@fast\ndef gelu", True),
+  ("p /= p.sum()", "p = p / p.sum()", True),  # of Sampling
+  ("x.gelu() * times", "times * x.gelu()", False), ("CHUNK = 512", "CHUNK = 256", False),
+  ("softcap=0.0", "softcap=9.0", False)])
+def test_a_program_depends_on_the_code_that_made_it(old, new, same, monkeypatch):
+  monkeypatch.setattr(fast, "KEPT", 100)
+
+  def files(source):
+    """What vlm.py with that source would keep: the files of vision, prefill and decode."""
+    copy, found = types.ModuleType("copy_of_vlm"), []
+    copy.__file__ = vlm.__file__
+    monkeypatch.setitem(sys.modules, copy.__name__, copy)
+    exec(compile(source, "copy_of_vlm.py", "exec"), copy.__dict__)
+
+    def capture(function, *shaped_by):
+      found.append(fast.kept_file(function, shaped_by, fast.owned_by(function)).name)
+      return lambda *inputs: inputs
+    copy.capture, model = capture, copy.load(TINY, "CPU")
+    c, P = model.config, model.config.vision.patches
+    model.vision(np.zeros((1, 3, c.vision.image_size, c.vision.image_size), np.float32))
+    positions = copy.layout([8], P, 8, 256)
+    model.prefill(tensor(np.zeros((1, P, c.text.hidden_size), np.float32)), np.zeros((1, 8), int), positions)
+    model.decode([0], P + 8, tensor(positions))
+    return found
+  source = Path(vlm.__file__).read_text()
+  assert old in source
+  before, after = files(source), files(source.replace(old, new))
+  assert len(set(before)) == 3 and [a == b for a, b in zip(before, after)] == [same] * 3
+
+
+# ---- Programs on disk: nobody else's, not too many ----
+
+
+def test_nobody_else_can_write_what_is_read(kept):
+  mask = os.umask(0)
+  try:
+    answer(vlm.load(TINY, "CPU"))
+  finally:
+    os.umask(mask)
+  assert kept.stat().st_mode & 0o777 == 0o700
+  assert {file.stat().st_mode & 0o777 for file in kept.iterdir()} <= {0o600, 0o700}
+  file, target = programs(kept)[0], kept / "target"
+  assert fast.read_file(file)
+  file.chmod(0o666)
+  target.touch(0o600)
+  (kept / "link").symlink_to(target)
+  os.mkfifo(kept / "pipe")
+  for path in (file, kept / "link", kept / "pipe", kept, kept / "none"):
+    with pytest.raises(OSError):
+      fast.read_file(path)
+  kept.chmod(0o777)
+  for left in programs(kept):
+    left.unlink()
+  assert len(answer(vlm.load(TINY, "CPU"))[0]) == 6
+  assert not programs(kept), "a folder that is anybody's is not used"
+
+
+def test_links_are_not_followed(kept, tmp_path, monkeypatch):
+  """Neither by programs nor by the script that calls zig."""
+  target = tmp_path / "precious"
+  target.write_text("mine")
+  kept.mkdir(0o700)
+  fast.write_file(kept / "a.program", b"data")
+  (kept / "a.program").replace(kept / "b.program")
+  (kept / "a.program").symlink_to(target)
+  fast.write_file(kept / "a.program", b"data")
+  assert target.read_text() == "mine" and not (kept / "a.program").is_symlink()
+  pytest.importorskip("ziglang")
+  (kept / "zig-clang").symlink_to(target)
+  monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name != "CC"})
+  monkeypatch.setattr(fast.shutil, "which", lambda name: None)
+  if fast.DEV.renderer:
+    pytest.skip("no C on this device")
+  fast.find_compiler()
+  assert target.read_text() == "mine" and "clang" in (kept / "zig-clang").read_text()
+  assert os.environ["CC"] == str(kept / "zig-clang") and os.access(kept / "zig-clang", os.X_OK)
+
+
+@pytest.mark.parametrize("function", [os.mkdir, eval, exec, subprocess.call, Tensor.from_blob])
+def test_only_programs_are_unpickled(function, kept):
+  class Call:
+    def __reduce__(self):
+      return function, (str(kept / "made"),)
+  data = pickle.dumps(Call())
+  fast.write_file(kept / "a.program", hashlib.sha256(data).digest() + data)
+  assert fast.read(kept / "a.program", {}, []) == (None, None) and not (kept / "made").exists()
+
+
+def test_only_the_newest_files_stay(kept, monkeypatch):
+  monkeypatch.setattr(fast, "KEPT", 2)
+  kept.mkdir(0o700)
+  for i in range(4):
+    (kept / f"{i}.program").touch()
+    os.utime(kept / f"{i}.program", (i, i))
+  (kept / "killed.part").touch()
+  os.utime(kept / "killed.part", (0, 0))
+  (kept / "alive.part").touch()
+  answer(vlm.load(TINY, "CPU"))
+  assert len(programs(kept)) == 2 and not list(kept.glob("[0-3].program"))
+  assert [file.name for file in kept.iterdir() if file.suffix != ".program"] == ["alive.part"]
+  [one, two] = (file.stat().st_size for file in programs(kept))
+  monkeypatch.setattr(fast, "ROOM", one + two - 1)
+  fast.tidy()
+  assert len(programs(kept)) == 1
+
+
+def test_two_processes_at_once(tmp_path):
+  """Both compile, both write, neither reads half a file."""
+  runs = [ask(tmp_path) for _ in range(2)]
+  answers = [json.loads(run.communicate()[0])["tokens"] for run in runs]
+  assert answers[0] == answers[1] and all(run.returncode == 0 for run in runs)
+  assert {file.suffix for file in (tmp_path / "vlm").iterdir()} <= {".program", ""}
