@@ -818,9 +818,12 @@ def test_bad_sizes_in_the_config(refused, pictures, folder):
   whole = json.loads((WEIGHTS / "tiny1" / "config.json").read_text())
   text = [{"num_attention_heads": 3}, {"num_attention_heads": 0}, {"num_key_value_heads": 0}, {"head_dim": 15},
           {"num_key_value_heads": 3}, {"hidden_size": "48"}, {"hidden_size": -48}, {"num_hidden_layers": 2.5},
-          {"vocab_size": 10**12}]
+          {"vocab_size": 10**12}, {"num_hidden_layers": 10**9}, {"layer_types": ["full_attention"]}, {"layer_types": 3},
+          {"rope_scaling": {"factor": 2}}, {"hidden_activation": "relu"}, {"rope_parameters": {"rope_type": "yarn"}}]
+  # numbers reach the C compiler: none may be text, or no number
+  text += [{"rms_norm_eps": wrong} for wrong in ("1e-6", "({ 1; })", math.nan, math.inf, True, 0, -1e-6, [], 10**400)]
   vision = [{"num_attention_heads": 7}, {"num_attention_heads": 0}, {"image_size": 70}, {"image_size": "56"},
-            {"patch_size": 15}]
+            {"patch_size": 15}, {"layer_norm_eps": "1e-6"}, {"hidden_act": "quick_gelu"}, {"hidden_act": "gelu"}]
   for part, changes in (("text_config", text), ("vision_config", vision)):
     for change in changes:
       refused("config.json", pictures["rgb"], "caption en", "--weights", folder(config={part: whole[part] | change}))
