@@ -1363,6 +1363,7 @@ LESS = {  # what is done to a command that takes minutes, or wants a downloaded 
 SECTIONS = [(page, section) for page, text in PAGES.items() for section in text.split("\n## ")
             if code_blocks(text=section)]
 
+@pytest.mark.long
 @pytest.mark.parametrize("page,section", SECTIONS, ids=[f"{page}: {section.splitlines()[0]}" for page, section in SECTIONS])
 def test_readme_commands(page, section, clone):
   """Those of a section in their order: some use what others wrote."""

@@ -34,6 +34,7 @@ def measure(capsys):
   return call
 
 
+@pytest.mark.long
 def test_speed_beside_another_checkout(measure):
   rows = measure(TINY, "--repeat", "1", "--beside", str(ROOT))
   assert [row[0] for row in rows] == list(bench.ROWS.values())
@@ -41,12 +42,14 @@ def test_speed_beside_another_checkout(measure):
     assert abs(float(ours) / max(float(theirs), 1e-3) - float(ratio)) < 2  # three digits of a millisecond
 
 
+@pytest.mark.long
 def test_speed_alone_of_a_checkpoint_by_its_name(measure):
   rows = measure("tiny1", "--repeat", "2")
   assert len(rows) == 8 and all(len(row) == 3 for row in rows)
   assert re.fullmatch(r"\d+ of \d+ GFLOPS", rows[1][2]) and re.fullmatch(r"[\d.]+ of [\d.]+ GB/s", rows[4][2])
 
 
+@pytest.mark.long
 def test_quantised(measure):
   rows = measure(TINY, "--quantized", "--repeat", "1")
   assert [row[0] for row in rows] == ["as they are", "int8", "int4"]
@@ -54,14 +57,17 @@ def test_quantised(measure):
   assert same[0] == 64 and same[1] > 32, "int8 hardly ever chooses another token"
 
 
+@pytest.mark.long
 def test_sides(measure):
   assert [row[:2] for row in measure(TINY, "--sides", "56", "84")] == [["56", "16"], ["84", "36"]]
 
 
+@pytest.mark.long
 def test_products(measure):
   assert len(measure("--products")) == 7 and vlm.kernels.PORTABLE is False
 
 
+@pytest.mark.long
 def test_the_training_step(capsys):
   assert bench.main(["--train"]) is None
   assert re.search(r"^32 questions a step, .* matmul \d+%, reductions \d+%", capsys.readouterr().out)
@@ -88,6 +94,7 @@ def test_faults(argv, word, capsys):
   assert word in captured.err
 
 
+@pytest.mark.long
 def test_live_the_same_choices_as_transformers(measure, capsys):
   pytest.importorskip("transformers")
   rows = measure(TINY, "--repeat", "1", "--vs", "transformers", "--python", sys.executable)

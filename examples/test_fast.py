@@ -646,6 +646,7 @@ def test_only_the_newest_files_stay(kept, monkeypatch):
   assert len(programs(kept)) == 1
 
 
+@pytest.mark.long
 def test_two_processes_at_once(tmp_path):
   """Both compile, both write, neither reads half a file."""
   runs = [ask(tmp_path) for _ in range(2)]

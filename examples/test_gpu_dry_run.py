@@ -45,6 +45,7 @@ def kernels(target, *what):
   return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("what", EVERY, ids=" ".join)
 def test_metal(what):
   """On the oldest of Apple's own GPUs, the M1, which has no bfloat16 and, as all of them, no double."""
@@ -60,6 +61,7 @@ def test_metal(what):
     assert len(re.findall(r"\bdevice [\w ]+\* ?data", source)) <= 31, f"{name}: more buffers than Metal takes"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("target, matrix", [("METAL:Apple7", "simdgroup_multiply_accumulate"),
                                             ("CUDA:sm_80", "f32.bf16.bf16.f32")])
 @pytest.mark.parametrize("what", INFERENCE, ids=" ".join)
@@ -75,12 +77,14 @@ def test_prefill_is_for_matrix_units_and_decode_for_the_memory(target, matrix, w
     assert side_by_side, f"{kernel['name']}: threads do not read side by side, 16 bytes each"
 
 
+@pytest.mark.long
 def test_a_token_is_looked_up_and_chosen_on_the_gpu():
   for kernel in kernels("CUDA:sm_80", "3b"):
     loops = [int(n) for n in re.findall(r"for \(int \w+ = 0; \w+ < (\d+);", kernel["source"])]
     assert functools.reduce(int.__mul__, loops, 1) < 70000, f"{kernel['name']}: loops of one thread: {loops}"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size, name", [("3b", "PaliGemma 3B"), ("2-3b", "PaliGemma 2 3B"),
                                         ("2-10b", "PaliGemma 2 10B")])
 def test_rows_of_the_table_of_memory(size, name):
@@ -143,6 +147,7 @@ for kind in ("float16", "bfloat16", "int8", "int4"):
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("arch", ["sm_80", "METAL"])
 def test_products_emulated(arch, tmp_path):
   """Local memory, barriers and tensor cores, as tinygrad's Python device plays them."""
@@ -167,6 +172,7 @@ def nvrtc():
 
 
 # The toy's training step has 160 kernels: once is enough.
+@pytest.mark.long
 @pytest.mark.parametrize("what, arch", [(what, arch) for arch in ("sm_80", "sm_90") for what in EVERY
                                         if (what, arch) != (("train",), "sm_90")], ids=str)
 def test_live_compiles_for_cuda(what, arch, monkeypatch):

@@ -429,6 +429,7 @@ def test_the_toy_answers_right_for_the_example_pictures():
       [box] = answer.boxes
       assert box.label == obj.name and shapes.iou(box.box, obj.box) > .7, (name, obj)
 
+@pytest.mark.long
 def test_the_toy_meets_the_table(capsys):
   """On all the scenes that README.md's table is of: on fewer of them a must can be missed by chance."""
   assert shapes.evaluate(vlm.load(TOY), 500), capsys.readouterr().out

@@ -176,6 +176,7 @@ def test_padding_beyond_a_sliding_window():
   assert np.isfinite(trainer.loss(trainer.batch(rows, pixels, 80)))
 
 # ---- steps ----
+@pytest.mark.long
 def test_one_batch_overfits(tmp_path):
   _, trainer, rows, pixels = toy(tmp_path)
   batch, rates = trainer.batch(rows, pixels, TEXT), 1e-2 * np.minimum(1, np.arange(1, 81) / 10)
@@ -196,6 +197,7 @@ def test_the_optimizer_remembers(tmp_path):
       grown = (1 - 0.9 ** 3) / 0.1 if name.startswith("m.") else (1 - 0.99 ** 3) / 0.01
       assert np.abs(seen[2][name] - first * grown).max() <= 1e-3 * np.abs(first * grown).max(), name
 
+@pytest.mark.long
 @pytest.mark.parametrize("part,moves", [
   ("projector", lambda n: n.startswith("multi_modal_projector.")),
   ("attention", lambda n: n.startswith("language_model.") and ".self_attn." in n),
