@@ -101,7 +101,7 @@ def test_logits_of_quantised_weights(kind, bits, packed, monkeypatch):
 
 def test_other_devices_unpack_quantised_weights(packed, monkeypatch):
   want = logits(vlm.load(packed("tiny1", 4)))
-  monkeypatch.setattr(vlm.kernels, "in_c", lambda device: False)
+  monkeypatch.setattr(vlm.kernels, "runs_c", lambda device: False)
   got = logits(vlm.load(packed("tiny1", 4)))
   assert np.abs(got - want).max() < 0.05 * want.std()  # without bfloat16 rounding
 
