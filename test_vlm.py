@@ -1326,10 +1326,11 @@ def code_blocks(kind="", text=README):
   text = re.sub(r"<!-- (needs [^>]*|set up [^>]*) -->\n```.*?```", "", text, flags=re.S)
   return [block for name, block in re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.S | re.M) if name == kind]
 
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory):
+@pytest.fixture
+def clone(tmp_path):
   """A folder that looks like the repository, for commands that write where they run."""
-  place = tmp_path_factory.mktemp("clone")
+  place = tmp_path / "clone"
+  place.mkdir()
   for name in ("vlm.py", "tokenizer.py", "examples", "weights"):
     (place / name).symlink_to(ROOT / name)
   return place
@@ -1358,7 +1359,6 @@ LESS = {  # what is done to a command that takes minutes, or wants a downloaded 
   r"(--save|--init) weights/": r"\1 ", r"weights/paligemma-3b-mix-224": "weights/tiny1",
   r" --vs transformers --python \S+": "", r"bench.py weights.*": r"\g<0> --repeat 1", r"--sides.*": "--sides 56 112",
   r"gpu_dry_run.py memory": "gpu_dry_run.py METAL:Apple7 3b --layers 1", r"show.py eval": "show.py eval --scenes 20",
-  r"shapes.py --eval$": "shapes.py --eval --scenes 100",
   r"codebook.py --train weights/": "codebook.py --steps 2 --batch 4 --train "}
 
 SECTIONS = [(page, section) for page, text in PAGES.items() for section in text.split("\n## ")
