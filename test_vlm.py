@@ -1071,6 +1071,15 @@ def test_interrupted_answers(pictures, tiny, capsys, monkeypatch):
   out, err = capsys.readouterr()
   assert out == "a cat\na cat\n" and err.count("> ") == 3
 
+def test_interrupted_before_the_first_token(pictures, capsys, monkeypatch):
+  m = fresh(model("tiny1"))
+  m.folder = WEIGHTS / "tiny1"
+  monkeypatch.setattr(vlm, "load", lambda *args: m)
+  monkeypatch.setattr(m, "prefill", mock.Mock(side_effect=KeyboardInterrupt))
+  assert vlm.main([str(pictures["rgb"]), "caption en"]) == 130
+  out, err = capsys.readouterr()
+  assert out == "\n" and "0.0 tok/s" in err
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one process")
 def test_ctrl_c(pictures, tmp_path):
   command = [sys.executable, ROOT / "vlm.py", pictures["rgb"], "caption en", "--weights", WEIGHTS / "tiny2",
@@ -1154,6 +1163,7 @@ OLD = {"--batch": "batch", "--quantize": "quantize", "--show": "show", "--shard"
 @pytest.mark.quick
 @pytest.mark.parametrize("flag", OLD)
 def test_old_spellings_name_their_program(flag, refused, pictures):
+  refused("unrecognized", pictures["rgb"], "caption en", "--json", "")
   for words in ((flag, "x"), (f"{flag}=x",)):
     refused(f"python examples/{OLD[flag]}.py", pictures["rgb"], "caption en", *words)
   assert (ROOT / "examples" / f"{OLD[flag]}.py").exists()

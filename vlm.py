@@ -431,7 +431,8 @@ class VLM:
   def __init__(self, net, config, tokenizer, device, place):
     self.net, self.config, self.tokenizer, self.device, self.place = net, config, tokenizer, device, place
     self.bytes = sum(t.nbytes() for t in get_state_dict(net.language_model).values())  # that a token reads
-    self.programs, self.caches, self.features, self.timings = {}, {}, {}, {}
+    self.programs, self.caches, self.features = {}, {}, {}
+    self.timings = {"load_s": 0.0, "vision_s": 0.0, "prefill_s": 0.0, "decode_tok_s": None}
   def _run(self, key, function, *inputs):
     # No function holds self: a garbage collection on one of tinygrad's threads would wait for itself forever.
     if key not in self.programs:

@@ -45,7 +45,7 @@ def some(names, most=3):
 
 def moved(program, message):
   """What argparse says -> the same, or which program has the option now that vlm.py once had."""
-  word = message.split(": ")[-1].split()[0].split("=")[0]
+  word = message.split(": ")[-1].partition(" ")[0].partition("=")[0]
   known = program == "vlm.py" and word in MOVED
   return f"{word} is a program of its own: python examples/{MOVED[word]}.py" if known else message
 
