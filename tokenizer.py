@@ -4,6 +4,7 @@ A SentencePiece file from the hub holds only Gemma's base pieces; the 1024 <loc>
 follow them in the embedding table. big_vision's own file holds them as pieces. Both work: the file is asked first.
 """
 import codecs
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,25 @@ class Tokenizer:
         yield text
     if rest := utf8.decode(b"", final=True):
       yield rest
+
+
+def learn_characters(samples, folder):
+  """The characters of [(picture, question, answer)], each a piece, as in makemore -> Tokenizer, written into a new
+  folder as its tokenizer.model. Raises Fault."""
+  path = Path(folder) / "tokenizer.model"
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if os.listdir(path.parent):
+      raise Fault(f"{folder} is not empty; choose another --save")
+    with open(path, "wb") as file:
+      sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(text for _, *texts in samples for text in texts), model_writer=file, model_type="char",
+        vocab_size=100000, hard_vocab_limit=False, character_coverage=1.0, normalization_rule_name="identity",
+        add_dummy_prefix=False, remove_extra_whitespaces=False, user_defined_symbols=["\n"], minloglevel=2, pad_id=0,
+        eos_id=1, bos_id=2, unk_id=3, pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>", unk_piece="<unk>")
+  except OSError as e:
+    raise Fault(f"{folder}: {e.strerror}; choose another --save", code=1) from None
+  return Tokenizer(path)
 
 
 @dataclass(frozen=True)

@@ -15,26 +15,29 @@ import argparse
 import functools
 import importlib
 import json
+import logging
 import math
 import os
 import re
 import shutil
 import sys
 import time
-import types
 from collections import namedtuple
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from tinygrad import Device, Tensor, TinyJit, UOp, dtypes
 from tinygrad.dtype import truncate
 from tinygrad.helpers import DEV
+from tinygrad.nn.optim import AdamW
 from tinygrad.nn.state import get_state_dict
 
-from tokenizer import Fault, Tokenizer, parse_boxes
+from tokenizer import Fault, Tokenizer, learn_characters, parse_boxes
 
 # ---- 1. Config ----
 # The sizes of a model under the names of config.json, with the values of keys that published files leave out.
@@ -47,6 +50,7 @@ class VisionConfig:
   image_size: int = 224                # S, in pixels
   patch_size: int = 14                 # in pixels
   layer_norm_eps: float = 1e-6
+  hidden_act: str = "gelu_pytorch_tanh"  # a text is the one that this file knows
   @property
   def patches(self):                   # P
     return (self.image_size // self.patch_size) ** 2
@@ -60,31 +64,41 @@ class TextConfig:
   num_key_value_heads: int = 1         # K
   head_dim: int = 256                  # d
   vocab_size: int = 257216             # V
-  sliding_window: int = 4096
+  sliding_window: int = 4096           # of every other layer of Gemma 2
   max_position_embeddings: int = 8192  # the largest C
   rope_theta: float = 10000.0
   rms_norm_eps: float = 1e-6
   query_pre_attn_scalar: float = 256.0
-  attn_logit_softcapping: float = 0.0  # 0: none, as in Gemma 1
+  attn_logit_softcapping: float = 0.0  # 0: none
   final_logit_softcapping: float = 0.0
-  sliding: tuple = ()                  # of each layer, whether it sees no farther than the window
-  gemma2: bool = False
+  hidden_activation: str = "gelu_pytorch_tanh"
+  rope_type: str = "default"
+  model_type: str = "gemma"
+  gemma2 = False
+
+@dataclass(frozen=True)
+class Gemma2Config(TextConfig):
+  gemma2 = True
+  num_key_value_heads: int = 4
+  attn_logit_softcapping: float = 50.0
+  final_logit_softcapping: float = 30.0
+  model_type: str = "gemma2"
 
 @dataclass(frozen=True)
 class Config:
   vision: VisionConfig
   text: TextConfig
   eos: tuple = (1,)                    # ids that end an answer
-  note: str = ""                       # what the checkpoints of this repository say of themselves
 
 # ---- 2. Operations ----
 # In plain tinygrad: right on every device, and what kernels are tested against. Where examples/fast.py lies
 # beside this file, its kernels of the same names and arguments are used.
 ROOT = Path(__file__).resolve().parent
+log = logging.getLogger("vlm")  # debug: what is being done, for a person who waits
 
 def beside(name):
   """The module examples/<name>.py by its place, since a user may have another examples/; None without it."""
-  package = sys.modules.setdefault("vlm_examples", types.ModuleType("vlm_examples"))  # they import each other
+  package = sys.modules.setdefault("vlm_examples", ModuleType("vlm_examples"))  # they import each other
   package.__path__ = [str(ROOT / "examples")]
   there = (ROOT / "examples" / f"{name}.py").exists()
   return importlib.import_module(f"vlm_examples.{name}") if there else None
@@ -94,6 +108,8 @@ kernels, terminal = beside("fast"), beside("terminal")
 def fast(plain):
   """An operation that is the kernel of its name where there is one, and where that does not answer None."""
   own = getattr(kernels, plain.__name__, None)
+  if own:
+    own.plain = plain
   @functools.wraps(plain)
   def call(*args, **options):
     out = own(*args, **options) if own else None
@@ -136,8 +152,6 @@ def gelu(x, times=None):
   """GELU in the form with tanh, times another tensor of its shape: a gated unit, arxiv.org/abs/2002.05202."""
   return (x.gelu() if times is None else x.gelu() * times).contiguous()
 
-CHUNK = 512  # queries at a time, or memory would grow with the square of the picture: gigabytes at 896 pixels
-
 @fast
 def attention(q, k, v, scale, mask=None, softcap=0.0):
   """q (B, H, T, d), k, v (B, K, C, d), mask (B, 1, 1, T or 1, C), True where a query may look -> (B, T, Hd).
@@ -145,12 +159,6 @@ def attention(q, k, v, scale, mask=None, softcap=0.0):
   PaliGemma keeps 37 kB a token, not 295 (arxiv.org/abs/2305.13245)."""
   B, H, T, d = q.shape
   K, C = k.shape[1:3]
-  if T > CHUNK:
-    parts = []
-    for i in range(0, T, CHUNK):
-      seen = None if mask is None else mask.expand(B, 1, 1, T, C)[:, :, :, i:i + CHUNK]
-      parts.append(attention(q[:, :, i:i + CHUNK], k, v, scale, seen, softcap))
-    return Tensor.cat(*parts, dim=1)
   logits = matmul(q.reshape(B, K, H // K * T, d), k)  # (B, K, H/K T, d) x (B, K, C, d) -> (B, K, H/K T, C)
   if softcap:  # before the mask: -inf would become -softcap
     logits, scale = soft_cap(logits, softcap, scale), 1.0
@@ -164,7 +172,7 @@ class Linear:
   def __init__(self, inputs, outputs, bias=False):
     self.weight, self.bias = Tensor.empty(outputs, inputs), Tensor.empty(outputs) if bias else None
   def __call__(self, x):
-    x = matmul(x, self.weight)
+    x = matmul(x, self.weight.flatten(1))  # a convolution whose patches do not overlap is a matmul, too
     return x if self.bias is None else x + to_float32(self.bias)
 class Embedding:
   def __init__(self, rows, width):
@@ -213,8 +221,8 @@ class EncoderLayer:
 class SigLIP:
   """SimpleNamespace stands for levels of the checkpoint's names that compute nothing."""
   def __init__(self, c):
-    # The file's convolution has stride = kernel = patch size, so it is a matmul: `assemble` flattens it.
     patches = Linear(3 * c.patch_size ** 2, c.hidden_size, bias=True)
+    patches.weight = patches.weight.reshape(-1, 3, c.patch_size, c.patch_size)  # a convolution, in the file
     places = Embedding(c.patches, c.hidden_size)  # learnt: attention itself does not know where a patch is
     self.embeddings = SimpleNamespace(patch_embedding=patches, position_embedding=places)
     self.encoder = SimpleNamespace(layers=[EncoderLayer(c) for _ in range(c.num_hidden_layers)])
@@ -253,10 +261,12 @@ class GemmaAttention:
     c, (B, T, _) = self.config, x.shape
     projections = self.q_proj, self.k_proj, self.v_proj
     q, k, v = (f(x).reshape(B, T, -1, c.head_dim).transpose(1, 2) for f in projections)
-    k, v = write(self.layer, rope(k, cos, sin), v)  # (B, K, T, d) new -> (B, K, C, d) all
+    k = rope(k, cos, sin)
+    if write:  # into a cache
+      k, v = write(self.layer, k, v)  # (B, K, T, d) new -> (B, K, C, d) all
     scale = (c.query_pre_attn_scalar if c.gemma2 else c.head_dim) ** -0.5
-    out = attention(rope(q, cos, sin), k, v, scale, masks[c.sliding[self.layer]], c.attn_logit_softcapping)
-    return self.o_proj(out)
+    mask = masks[c.gemma2 and self.layer % 2 == 0]  # every other layer sees no farther than the window
+    return self.o_proj(attention(rope(q, cos, sin), k, v, scale, mask, c.attn_logit_softcapping))
 
 class GemmaMLP:
   def __init__(self, width, hidden):
@@ -291,8 +301,10 @@ class Gemma:
   def embed(self, ids):
     """(B, T) -> (B, T, D), times sqrt(D), which the projected image is not. As in transformers the factor is
     rounded to the weights' type: sqrt(2048) = 45.2548 is 45.25 in bfloat16."""
-    return self.embed_tokens(ids) * round_to(self.config.hidden_size ** 0.5, self.embed_tokens.weight.dtype)
-  def __call__(self, x, cos, sin, masks, write):
+    kinds = {dtypes.uint16: dtypes.bfloat16, dtypes.float16: dtypes.float16}  # of all others float32
+    root = truncate[kinds.get(self.embed_tokens.weight.dtype, dtypes.float32)](self.config.hidden_size ** 0.5)
+    return self.embed_tokens(ids) * root
+  def __call__(self, x, cos, sin, masks, write=None):
     """x (B, T, D), cos, sin (B or 1, 1, T, d / 2), masks (full, sliding), write: see Cache -> (B, T, D)."""
     for layer in self.layers:
       x = layer(x, cos, sin, masks, write)
@@ -315,7 +327,6 @@ Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit only warns, on lines of its 
 
 def open_image(source):
   """Path, file object or PIL image -> upright RGB PIL image. Raises Fault."""
-  name = getattr(source, "filename", "") or source
   try:
     image = source if isinstance(source, Image.Image) else Image.open(source)
     if image.width * image.height > MAX_PIXELS:  # before decoding: a few kB can unpack to gigabytes
@@ -324,10 +335,8 @@ def open_image(source):
     if "A" in image.getbands() or "transparency" in image.info:  # on white, as transformers does
       image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
-  except FileNotFoundError:
-    raise Fault(f"{name}: no such image") from None
   except Exception as e:  # Pillow's readers raise whatever they stumble over
-    raise Fault(f"{name}: not an image, or a damaged one ({e})") from None
+    raise Fault(f"{source}: not an image, or a damaged one ({e})") from None
 
 def to_pixels(source, side):
   """Anything open_image takes, or a float32 array (3, S, S) in [-1, 1] as it is -> float32 (1, 3, S, S)."""
@@ -349,8 +358,8 @@ def layout(lengths, image_tokens, T, C):
   [image][padding][prompt][answer], so that prompts of all lengths share one program and end at the same slot,
   which is the position of all text. The image moves up by the padding: RoPE sees distances only."""
   slots, pad = np.arange(C)[None], T - np.array(lengths)[:, None]
-  image, padding = slots < image_tokens, (slots >= image_tokens) & (slots < image_tokens + pad)
-  return np.where(image, slots + pad, np.where(padding, NOWHERE, slots)).astype(np.int32)
+  after_image = np.where(slots < image_tokens + pad, NOWHERE, slots)
+  return np.where(slots < image_tokens, slots + pad, after_image).astype(np.int32)
 
 class Cache:
   """k and v (B, K, C, d) for each layer. It never grows, so that one compiled step serves every token."""
@@ -367,12 +376,6 @@ class Cache:
     return both
 
 # ---- 8. Sampling ----
-OPTIONS = {"max_tokens": (1, 1 << 20, "longest answer (default: %(default)s)"),
-           "temperature": (0, 1e6, "0: always the likeliest token (default)"),
-           "top_k": (0, 1 << 20, "sample from the N likeliest tokens"),
-           "top_p": (1e-12, 1, "sample from the likeliest tokens, of mass N together"),
-           "seed": (0, 1 << 64, "repeat a sample")}
-
 @dataclass(frozen=True)
 class Sampling:
   """How the tokens of an answer are chosen. Raises Fault."""
@@ -382,10 +385,10 @@ class Sampling:
   top_p: float = 1.0         # nucleus sampling, arxiv.org/abs/1904.09751
   seed: int = None
   def __post_init__(self):
-    for name, (least, most, _) in OPTIONS.items():
-      value = getattr(self, name)
-      if value is not None and not least <= value <= most:  # nor is NaN
-        raise Fault(f"--{name.replace('_', '-')} {value}: from {least} to {most}")
+    if not (self.max_tokens >= 1 and (self.temperature == 0 or 1e-6 <= self.temperature <= 1e6)
+            and self.top_k >= 0 and 0 < self.top_p <= 1 and (self.seed or 0) >= 0):  # nor is NaN
+      raise Fault("--max-tokens: from 1; --temperature: 0, or from 1e-6 to 1e6; --top-k and --seed: from 0; "
+                  "--top-p: above 0, at most 1")
   def draw(self, logits, rng):
     """(V,) float32 -> token id. Temperature first, then top-k, then top-p of what is left."""
     logits = logits.astype(np.float64) / self.temperature
@@ -414,11 +417,6 @@ def capture(function, *shaped_by):
   program.cnt = 1  # capture on the first call: the usual dry run would schedule everything twice
   return program
 
-def progress(text):
-  """What is being done, for a person at a terminal."""
-  if terminal:
-    terminal.stage(text)
-
 def next_token(gemma, x):
   """(B, T, D) -> the likeliest token (B,) after the last one, and the logits (B, V)."""
   logits = gemma.logits(x[:, -1].contiguous()).contiguous()
@@ -432,28 +430,24 @@ class VLM:
     self.net, self.config, self.tokenizer, self.device, self.place = net, config, tokenizer, device, place
     self.bytes = sum(t.nbytes() for t in get_state_dict(net.language_model).values())  # that a token reads
     self.programs, self.caches, self.features = {}, {}, {}
-    self.timings = {"load_s": 0.0, "vision_s": 0.0, "prefill_s": 0.0, "decode_tok_s": None}
+    self.timings = dict.fromkeys(("load_s", "vision_s", "prefill_s", "decode_tok_s"), 0.0)
   def _run(self, key, function, *inputs):
     # No function holds self: a garbage collection on one of tinygrad's threads would wait for itself forever.
     if key not in self.programs:
       if key[0] != "decode":  # by then the answer has begun, on the line that this would clear
-        progress(f"compiling {key[0]}, the first time only")
+        log.debug(f"compiling {key[0]}, the first time only")
       self.programs[key] = capture(function, self.device, key, self.config)
     return self.programs[key](*inputs)
-  def vision(self, pixels):
-    """float32 (1, 3, S, S) -> SigLIP's features (1, P, Dv) and the projected ones (1, P, D)."""
-    net = self.net  # not self in `run`: see _run
+  def vision(self, image):
+    """-> float32 arrays: SigLIP's features (P, Dv) and the projected ones (P, D). Those of the last pictures
+    are kept: a second question costs no vision."""
+    net, pixels = self.net, to_pixels(image, self.config.vision.image_size)  # not self in `run`: see _run
     def run(pixels):
       features = net.vision_tower(pixels).contiguous()
       return features, net.multi_modal_projector.linear(features).contiguous()  # used as it is: no scaling
-    outputs = self._run(("vision",), run, upload(pixels, self.device))
-    return [upload(t.numpy(), self.device) for t in outputs]  # the next call writes into the same tensors
-  def image_features(self, image):
-    """-> projected features (1, P, D), kept for the last few pictures: a second question costs no vision."""
-    pixels = to_pixels(image, self.config.vision.image_size)
-    key = pixels.tobytes()
-    if key not in self.features:
-      self.features = dict([*self.features.items()][-7:]) | {key: self.vision(pixels)[1]}
+    if (key := pixels.tobytes()) not in self.features:
+      outputs = self._run(("vision",), run, upload(pixels, self.device))
+      self.features = dict([*self.features.items()][-7:]) | {key: [t.numpy()[0] for t in outputs]}
     return self.features[key]
   def prefill(self, image, ids, positions):
     """image (B, P, D), ids (B, T) right-aligned, positions (B, C) -> next token (B,), logits (B, V)."""
@@ -481,7 +475,7 @@ class VLM:
       return next_token(gemma, gemma(x, cos, sin, (seen, near), write))
     token, slot = upload(np.asarray(token, np.int32), self.device), UOp.variable("slot", 0, C - 1).bind(slot)
     return self._run(("decode", B, C), run, token, slot, positions)
-  def _prefix(self, images, prompts, max_tokens):
+  def prefix(self, images, prompts, max_tokens):
     """-> next token (B,) and logits (B, V) after the prefix, positions (B, C), the next slot."""
     prompts = [self.tokenizer.prompt(prompt) for prompt in prompts]
     images = [image if isinstance(image, (list, tuple)) else [image] for image in images]
@@ -496,31 +490,26 @@ class VLM:
     C = P + T + max_tokens
     C += min(-C % 256, room - T)  # in steps of 256: seldom another program
     start = time.perf_counter()
-    features = [self.image_features(image) for row in images for image in row]
-    image = features[0]
-    if features[1:]:
-      image = Tensor.cat(*features).reshape(len(images), P, -1).contiguous().realize()
+    image = np.concatenate([self.vision(image)[1] for row in images for image in row])
     seen = time.perf_counter()
     ids = np.array([[0] * (T - len(prompt)) + prompt for prompt in prompts])
     positions = layout([len(prompt) for prompt in prompts], P, T, C)
+    image = upload(image.reshape(len(images), P, -1), self.device)
     token, logits = self.prefill(image, ids, positions)
     token = token.numpy()
-    self.timings |= {"vision_s": seen - start, "prefill_s": time.perf_counter() - seen, "decode_tok_s": None}
+    self.timings |= {"vision_s": seen - start, "prefill_s": time.perf_counter() - seen, "decode_tok_s": 0.0}
     return token, logits, positions, P + T
-  def logits(self, image, prompt):
-    """-> np.float32 (V,): next-token logits after the prefix."""
-    return self._prefix([image], [prompt], 1)[1].numpy()[0]
   def tokens(self, images, prompts, **options):
     """Lists of B images and B prompts, options of Sampling -> for each step a list of B token ids, None in
     rows that have ended."""
     sampling = Sampling(**options)
     if len(images) != len(prompts) or not prompts:
       raise Fault(f"{len(images)} images for {len(prompts)} prompts: give one for each")
-    token, logits, positions, slot = self._prefix(images, prompts, sampling.max_tokens)
-    progress("")  # clears the line that the answer is about to be on
+    token, logits, positions, slot = self.prefix(images, prompts, sampling.max_tokens)
+    log.debug("")  # clears the line that the answer is about to be on
     positions = upload(positions, self.device)
     rngs = [np.random.default_rng(sampling.seed) for _ in prompts]  # alike: a row draws what it would alone
-    ended, start = [False] * len(prompts), time.perf_counter()
+    ended, start = np.zeros(len(prompts), bool), time.perf_counter()
     for step in range(sampling.max_tokens):
       if step:
         token, logits = self.decode(token, slot + step - 1, positions)
@@ -530,8 +519,8 @@ class VLM:
         raise Fault("the logits are NaN: the weights are damaged, or too large for their number type", code=1)
       if sampling.temperature > 0:
         token = np.array([sampling.draw(row, rng) for row, rng in zip(logits.numpy(), rngs)], np.int32)
-      ended = [end or id in self.config.eos for end, id in zip(ended, token.tolist())]
-      if all(ended):
+      ended |= np.isin(token, self.config.eos)
+      if ended.all():
         return
       yield [None if end else id for end, id in zip(ended, token.tolist())]
   def stream(self, image, prompt, **options):
@@ -541,10 +530,8 @@ class VLM:
       for [token] in self.tokens([image], [prompt], **options):
         tokens.append(token)
         yield token
-    try:
-      yield from self.tokenizer.stream(ids())
-    finally:
-      self.answered = self.answer(image, tokens)
+    yield from self.tokenizer.stream(ids())
+    self.answered = self.answer(image, tokens)
   def generate(self, images, prompts, **options):
     """Lists of B images and B prompts -> list of B Answers."""
     steps = list(self.tokens(images, prompts, **options))
@@ -560,11 +547,6 @@ class VLM:
 # bfloat16 has no fast arithmetic on a CPU: such weights stay the 16 bits that they are, see to_float32. int8
 # and uint8 are what examples/quantize.py makes of weights, and examples/fast.py multiplies with.
 TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I8": np.int8, "U8": np.uint8}
-GEMMA2 = {"num_key_value_heads": 4, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
-
-def round_to(value, dtype):
-  """A float -> the nearest value of a weight's type; of int8 weights that is float32, as their scales are."""
-  return truncate[{dtypes.uint16: dtypes.bfloat16, dtypes.int8: dtypes.float32}.get(dtype, dtype)](value)
 
 def read_json(path):
   """-> the dict in a JSON file. Raises Fault."""
@@ -572,100 +554,82 @@ def read_json(path):
     found = json.loads(Path(path).read_text())
   except (OSError, ValueError, RecursionError) as e:
     raise Fault(f"{path}: {getattr(e, 'strerror', None) or 'not JSON'}; download the folder again") from None
+  return table(found)
+
+def table(found):
   return found if isinstance(found, dict) else {}
 
 def read_config(path):
   """A published config.json -> Config; what is taken from it is checked. Raises Fault."""
-  def check(right, key, value):
+  def check(right, found, key):
     if not right:
-      raise Fault(f"{path}: {key} {value!r} is not understood; is it a PaliGemma config?")
-  def part(whole, key):
-    return whole[key] if isinstance(whole.get(key), dict) else {}
-  def sizes(kind, found, **more):
-    """The dataclass of that kind, whose fields are keys of this part of the file; null is the default."""
+      raise Fault(f"{path}: {key} {found.get(key)!r} is not understood; is it a PaliGemma config?")
+  def sizes(kind, found):
+    """The dataclass of that kind; its fields are keys of this part of the file, null the default or off."""
+    values = {}
     for f in fields(kind):
-      value = f.default if found.get(f.name) is None else found[f.name]
+      value = found.get(f.name, f.default)
+      value = (0.0 if "softcap" in f.name else f.default) if value is None else value
       if f.type in (int, float):  # bool is another type, and NaN no such number
-        most = 1000 if f.name == "num_hidden_layers" else 10 ** 7
-        sized = type(value) in (int, f.type) and (value == f.default or 0 < value <= most)
-        check(sized, f.name, found.get(f.name))
-      more.setdefault(f.name, f.type(value))
-    return kind(**more)
+        least, most = 0 if "softcap" in f.name else 1e-12, 1000 if "layers" in f.name else 10 ** 7
+        check(type(value) in (int, f.type) and least <= value <= most, found, f.name)
+      values[f.name] = f.type(value)
+      check(f.type != str or value == f.default, found, f.name)
+    return kind(**values)
 
-  top = read_json(path)
-  vision, text = part(top, "vision_config"), part(top, "text_config")
-  rope, gemma2 = part(text, "rope_parameters"), text.get("model_type") == "gemma2"
-  gelu = "gelu_pytorch_tanh", None
-  for whole, key, known in ((top, "model_type", ["paligemma"]),
-                            (text, "model_type", ["gemma", "gemma2", None]),
-                            (text, "hidden_activation", gelu), (vision, "hidden_act", gelu),
-                            (rope, "rope_type", ["default", None]), (text, "rope_scaling", [None])):
-    check(whole.get(key) in known, key, whole.get(key))
-  if gemma2:
-    text = GEMMA2 | {key: 0.0 if key in GEMMA2 and value is None else value for key, value in text.items()}
-  v, t = sizes(VisionConfig, vision), sizes(TextConfig, text | rope, gemma2=gemma2)
-  count = t.num_hidden_layers
-  layers = text.get("layer_types") or (["sliding_attention", "full_attention"] * count)[:count]
-  check(isinstance(layers, list) and len(layers) == count, "layer_types", layers)
-  sliding = tuple(gemma2 and layer == "sliding_attention" for layer in layers)
-  eos = top.get("eos_token_id") or text.get("eos_token_id") or 1
+  top, more = read_json(path), path.with_name("generation_config.json")
+  vision, text = table(top.get("vision_config")), table(top.get("text_config"))
+  text |= table(text.get("rope_parameters"))
+  check(top.get("model_type") == "paligemma", top, "model_type")
+  check(text.get("rope_scaling") is None, text, "rope_scaling")
+  gemma2 = text.get("model_type") == "gemma2"
+  v, t = sizes(VisionConfig, vision), sizes(Gemma2Config if gemma2 else TextConfig, text)
+  kinds = "sliding" if gemma2 else "full", "full"
+  layers = [f"{kinds[i % 2]}_attention" for i in range(t.num_hidden_layers)]
+  check(text.get("layer_types") in (None, layers), text, "layer_types")
+  check(v.hidden_size % v.num_attention_heads == 0, vision, "num_attention_heads")
+  check(t.num_attention_heads % t.num_key_value_heads == 0, text, "num_key_value_heads")
+  more = read_json(more) if more.exists() else {}
+  eos = more.get("eos_token_id") or top.get("eos_token_id") or text.get("eos_token_id") or 1
   eos = eos if isinstance(eos, list) else [eos]
-  check(v.hidden_size % v.num_attention_heads == 0, "num_attention_heads", v.num_attention_heads)
-  check(t.num_attention_heads % t.num_key_value_heads == 0, "num_key_value_heads", t.num_key_value_heads)
-  check(all(type(id) is int for id in eos), "eos_token_id", eos)
-  return Config(v, replace(t, sliding=sliding), tuple(eos), str(top.get("note", "")))
+  check(all(type(id) is int for id in eos), {"eos_token_id": eos}, "eos_token_id")
+  return Config(v, t, tuple(eos))
 
 def canonical(name):
-  """The name of a tensor in any of the published layouts -> its path in PaliGemma."""
+  """The name of a tensor in any published layout -> its path in PaliGemma, "" of what is no weight."""
   name = re.sub(r"^((model|vlm|base_model|paligemma|paligemma_with_expert)\.)+", "", name)
-  name = re.sub(r"^language_model\.(model\.|(?=lm_head\.))", "language_model.", name)
-  return re.sub(r"^vision_tower\.vision_model\.", "vision_tower.", name)
-
-def read_tensors(path):
-  """A safetensors file -> {name: array}, views of the mapped file; bfloat16 as uint16. Raises Fault."""
-  from safetensors import SafetensorError, safe_open
-  try:
-    with safe_open(path, "numpy"):  # checks the header, and that the tensors fill the file without overlap
-      data = np.memmap(path, np.uint8, "c")
-    start = 8 + int(data[:8].view(np.uint64)[0])
-    header = json.loads(bytes(data[8:start]))
-  except (SafetensorError, OSError, ValueError) as e:
-    raise Fault(f"{path}: not a complete safetensors file ({e}); download it again") from None
-  tensors, data = {}, np.asarray(data)[start:]
-  for name, t in header.items():
-    if name != "__metadata__" and not name.endswith((".position_ids", ".inv_freq")):  # constants, once saved
-      if t["dtype"] not in TYPES:
-        raise Fault(f"{path}: {name} is {t['dtype']}; weights must be float32, float16 or bfloat16")
-      tensors[name] = data[slice(*t["data_offsets"])].view(TYPES[t["dtype"]]).reshape(t["shape"])
-  return tensors
+  name = re.sub(r"^(language_model|vision_tower)\.(model|vision_model)\.", r"\1.", name)
+  name = re.sub(r"^(language_model\.)?lm_head\.", "language_model.embed_tokens.", name)  # which they share
+  return re.sub(r"^__metadata__$|.*\.(position_ids|inv_freq)$", "", name)  # constants, once saved
 
 def read_weights(folder):
-  """-> {path in PaliGemma: array} of the files that the index names, or else of all. Raises Fault."""
-  index, arrays = folder / "model.safetensors.index.json", {}
-  names = {file.name for file in folder.glob("*.safetensors")} or {"model.safetensors"}
-  if index.exists():
-    files = read_json(index).get("weight_map")
-    if not isinstance(files, dict):
-      raise Fault(f"{index} is not an index of safetensors; download it again")
-    names = {Path(str(file)).name for file in files.values()}  # nothing outside of the folder is read
-  for file in sorted(names):
-    for name, array in read_tensors(folder / file).items():
-      if canonical(name) in arrays:
-        raise Fault(f"{folder / file}: {name} is there twice")
-      arrays[canonical(name)] = array
-  embedding, head = "language_model.embed_tokens.weight", arrays.pop("language_model.lm_head.weight", None)
-  head = arrays.pop("lm_head.weight", head)
-  # The head is the embedding matrix; some files hold it twice, some only under this name.
-  if head is not None and not np.array_equal(arrays.setdefault(embedding, head), head):
-    raise Fault(f"{folder}: lm_head is not embed_tokens, but PaliGemma ties them; this is another model")
+  """-> {path in PaliGemma: array} of model.safetensors, or else of the parts of a large model: views of the
+  mapped files, bfloat16 as uint16. Raises Fault."""
+  arrays = {}
+  for file in sorted(folder.glob("model*.safetensors")) or [folder / "model.safetensors"]:
+    try:
+      with safe_open(file, "numpy"):  # checks the header, and that the tensors fill the file without overlap
+        data = np.asarray(np.memmap(file, np.uint8, "c"))
+    except (SafetensorError, OSError, ValueError) as e:
+      raise Fault(f"{file}: not a complete safetensors file ({e}); download it again") from None
+    start = 8 + data[:8].view(np.uint64).item()
+    for name, t in json.loads(data[8:start].tobytes()).items():
+      path = canonical(name)
+      if path and t["dtype"] not in TYPES:
+        raise Fault(f"{file}: {name} is {t['dtype']}; weights must be float32, float16 or bfloat16")
+      if path:
+        array = data[start:][slice(*t["data_offsets"])].view(TYPES[t["dtype"]]).reshape(t["shape"])
+        if path in arrays and not np.array_equal(arrays[path], array):
+          raise Fault(f"{file}: {name} is there twice, with other values; this is another model")
+        arrays[path] = array
   return arrays
 
 def check_names(expected, found):
   """Both {name: shape}. A missing tensor would stay random, an extra one means another model."""
-  wrong = [f"{name} is {found.get(name, 'missing')}, should be {expected.get(name, 'absent')}"
-           for name in expected | found if found.get(name) != expected.get(name)]
-  if wrong:
-    raise Fault(f"the weights do not fit config.json, {len(wrong)} times: {', '.join(wrong[:3])}")
+  for name in expected | found:
+    right, shape = expected.get(name, "absent"), found.get(name, "missing")
+    if shape != right:
+      raise Fault(f"{name} is {shape}, but by config.json should be {right}; is the download complete?")
 
 @fast
 def upload(array, device, name=None):
@@ -674,19 +638,16 @@ def upload(array, device, name=None):
 
 def assemble(config, arrays, device, place):
   """{path in PaliGemma: array}, as files have them -> PaliGemma on the device. Raises Fault."""
-  net, side = PaliGemma(config), config.vision.patch_size
-  weights = get_state_dict(net)
-  shapes = {name: t.shape for name, t in weights.items()}
-  # in files the patch embedding is a convolution: see SigLIP
-  shapes["vision_tower.embeddings.patch_embedding.weight"] = config.vision.hidden_size, 3, side, side
+  net = PaliGemma(config)
+  shapes = {name: t.shape for name, t in get_state_dict(net).items()}
   if kernels:  # which can multiply with quantised weights
     arrays = kernels.join_scales(arrays, shapes)
   check_names(shapes, {name: array.shape for name, array in arrays.items()})
-  for name, empty in weights.items():
+  for name, array in arrays.items():
     owner, (*path, leaf) = net, name.split(".")
     for part in path:
       owner = owner[int(part)] if part.isdigit() else getattr(owner, part)
-    setattr(owner, leaf, place(arrays[name].reshape(empty.shape), device, name))
+    setattr(owner, leaf, place(array, device, name))
   return net
 
 @fast
@@ -717,10 +678,24 @@ def load(folder, device=None, place=upload):
   model.timings["load_s"] = time.perf_counter() - start
   return model
 
-# ---- 11. Whole sequences: training, without a cache ----
-def training_mask(prefix, total, n, window=None):
-  """prefix (B,): how many tokens of a row all see each other; total (B,): how many are no padding -> bool
-  (B, 1, n, n). Padding is seen by nobody, and sees the rest: the softmax of a row that sees nothing is NaN.
+# ---- 11. Training: a small PaliGemma from random weights ----
+TOY = Config(VisionConfig(128, 4, 4, 384, image_size=56), TextConfig(128, 3, 384, 4, 1, 32))
+COLORS = "red", "green", "blue", "yellow", "purple", "orange"
+CORNERS = {"triangle": 3, "square": 4, "circle": 60}  # of a circle nobody sees that many
+
+def draw_scene(rng, side=56):
+  """-> a picture of one or two shapes, a question, and its answer: what they are, from left to right."""
+  picture, names, count = Image.new("RGB", (side, side), "white"), [], rng.integers(1, 3)
+  for i in range(count):
+    color, shape, r = rng.choice(COLORS), rng.choice([*CORNERS]), rng.uniform(0.3, 0.5) * side / count
+    center = side * (i + 0.5) / count, rng.uniform(r, side - r)
+    ImageDraw.Draw(picture).regular_polygon((center, r), CORNERS[shape], fill=color)
+    names.append(f"a {color} {shape}")
+  return picture, "caption en", " and ".join(names)
+
+def training_mask(starts, ends, n, window=math.inf):
+  """starts (B,): how many tokens of a row all see each other; ends (B,): how many are no padding -> bool
+  (B, 1, 1, n, n). Padding is seen by nobody and sees the rest: the softmax of a row that sees nothing is NaN.
 
       3 prefix + 2 answer tokens, 1 padding     1 1 1 0 0 0
       a row is a query, a column what           1 1 1 0 0 0
@@ -729,115 +704,141 @@ def training_mask(prefix, total, n, window=None):
                                                 1 1 1 1 1 0
                                                 1 1 1 1 1 0
   """
-  query, key = np.arange(n)[:, None], np.arange(n)[None]
-  prefix, total = (np.asarray(t)[:, None, None] for t in (prefix, total))
-  near = (key <= query) & (key > query - (window or n))
-  return ((near | (query < prefix) & (key < prefix) | (query >= total)) & (key < total))[:, None]
+  query, key = np.arange(n)[:, None], np.arange(n)
+  starts, ends = (np.reshape(t, (-1, 1, 1, 1, 1)) for t in (starts, ends))
+  near = (key <= query) & (key > query - window)
+  return (near | (query < starts) & (key < starts) | (query >= ends)) & (key < ends)
 
-def whole_sequence(config, prefix, total, n):
-  """-> arrays that `forward` needs: cos and sin (n, d / 2), masks full and sliding (B, 1, 1, n, n)."""
-  masks = (training_mask(prefix, total, n, window)[:, None] for window in (None, config.sliding_window))
-  return *rope_table(config, np.arange(n)), *masks
+def collate(c, P, rows, T):
+  """B rows (prompt ids, answer ids), each after P image tokens -> ids (B, T); labels (B, T), the token after
+  each, -1 where none is learnt; masks full and sliding (B, 1, 1, n, n); cos and sin (n, d / 2)."""
+  starts, ends = np.transpose([(len(prompt), len(prompt + answer)) for prompt, answer in rows])
+  ids = np.array([(prompt + answer + [0] * T)[:T] for prompt, answer in rows], np.int32)
+  place = np.arange(T) + 1  # of the label
+  learnt = (place >= starts[:, None]) & (place < ends[:, None])
+  masks = [training_mask(P + starts, P + ends, P + T, window) for window in (math.inf, c.sliding_window)]
+  return ids, np.where(learnt, np.roll(ids, -1, 1), -1), *masks, *rope_table(c, np.arange(P + T))
 
-def forward(gemma, image, text, cos, sin, full, sliding):
-  """image (B, P, D) and embedded text (B, T, D), all tokens at once and none remembered -> (B, P + T, D)."""
-  def write(layer, k, v):
-    return k, v
-  return gemma(image.cat(text, dim=1), cos, sin, (full, sliding), write)
+def loss(net, pixels, ids, labels, full, sliding, cos, sin):
+  """Mean cross-entropy of the answers' tokens. pixels (G, 3, S, S): each is the picture of B / G rows."""
+  gemma, image = net.language_model, net.multi_modal_projector.linear(net.vision_tower(pixels))  # (G, P, D)
+  image = image.repeat_interleave(len(ids) // len(image), 0)  # (B, P, D)
+  x = gemma(image.cat(gemma.embed(ids), dim=1), cos, sin, (full, sliding))  # (B, P + T, D)
+  logits = gemma.logits(x[:, image.shape[1]:].contiguous()).contiguous()  # (B, T, V)
+  return logits.sparse_categorical_crossentropy(labels, ignore_index=-1)
+
+def train(folder, samples, steps, device):
+  """[(picture, question, answer)], or drawn ones -> a folder of a PaliGemma that has learnt nine tenths."""
+  rng = np.random.default_rng(0)
+  samples = samples or [draw_scene(rng) for _ in range(4000)]
+  tokenizer = learn_characters(samples, folder)
+  config = replace(TOY, text=replace(TOY.text, vocab_size=tokenizer.image + 1))
+  pixels = np.concatenate([to_pixels(picture, config.vision.image_size) for picture, *_ in samples])
+  rows = [(tokenizer.prompt(question), tokenizer.encode(answer) + [tokenizer.eos])
+          for _, question, answer in samples]
+  longest = max(len(prompt + answer) for prompt, answer in rows)
+  *data, cos, sin = pixels, *collate(config.text, config.vision.patches, rows, longest)
+  net = PaliGemma(config)
+  weights = get_state_dict(net)
+  for name, t in weights.items():
+    value = rng.standard_normal(t.shape) * math.prod(t.shape[1:]) ** -0.5  # keeps the variance of its input
+    if t.ndim == 1:  # no bias, and norms that are the identity, as Gemma's are at zero
+      value = np.full(t.shape, "vision" in name and "norm" in name and "weight" in name)
+    t.replace(upload(value.astype(np.float32), device)).is_param_()
+  optimizer = AdamW([*weights.values()], b2=0.99)
+  @TinyJit
+  def step(*batch):
+    optimizer.zero_grad()
+    value = loss(net, *batch).backward()
+    return value.realize(*optimizer.schedule_step())
+  try:
+    for i in range(steps):
+      chosen, rate = rng.integers(len(rows) * 9 // 10, size=32), 2e-3 * min(i / 50, 1 - i / steps)
+      optimizer.lr.assign(Tensor([rate], device=device)).realize()
+      with Tensor.train():
+        value = step(*(upload(t, device) for t in (*(t[chosen] for t in data), cos, sin))).item()
+      log.debug("%d of %d steps, loss %.3f", i + 1, steps, value)
+  except KeyboardInterrupt:  # what has been learnt so far is saved
+    pass
+  save_file({name: t.numpy() for name, t in weights.items()}, folder / "model.safetensors")
+  whole = {"model_type": "paligemma", "image_token_index": tokenizer.image, "projection_dim": 128,
+           "vision_config": asdict(config.vision), "text_config": asdict(config.text)}
+  (folder / "config.json").write_text(json.dumps(whole))
+  if terminal:
+    terminal.trained(load(folder, device), samples)
 
 # ---- 12. Command line ----
-class Parser(argparse.ArgumentParser):
-  def error(self, message):  # one line, like every other fault
-    raise Fault(f"{terminal.moved(self.prog, message) if terminal else message}; see --help")
-
 def program(work):
   """Decorates a program's main(argv): what the user did wrong is one line on stderr and an exit code."""
-  @functools.wraps(work)
   def main(argv=None):
+    log.handlers = [(terminal or logging).StreamHandler()]
+    log.setLevel("CRITICAL" if "--quiet" in (argv or sys.argv) else "DEBUG" if terminal else "INFO")
     try:
       return work(argv)
     except Fault as e:
-      progress("")
-      print(f"{Path(work.__code__.co_filename).stem}: {e}", file=sys.stderr)
+      log.critical(f"{Path(work.__code__.co_filename).stem}: {e}")
       return e.code
     except KeyboardInterrupt:
       return 130
   return main
 
-def say(args, text):
-  """A line on stderr, unless --quiet."""
-  progress("")
-  if not args.quiet:
-    print(text, file=sys.stderr)
-
 def add_arguments(p, answers=True):
   """The options that programs share; `answers`: those of Sampling too, for programs that ask the model."""
-  p.add_argument("--weights", metavar="DIR", help="a PaliGemma folder or name (default: largest in weights/)")
-  p.add_argument("--device", metavar="DEV", help="METAL, CUDA, CPU, ... (default: the best, or $DEV)")
+  p.add_argument("--weights", help="a PaliGemma folder or name (default: largest in weights/)")
+  p.add_argument("--device", help="METAL, CUDA, CPU, ... (default: the best, or $DEV)")
   p.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
   for f in fields(Sampling) if answers else ():
-    flag, (*_, text) = f"--{f.name.replace('_', '-')}", OPTIONS[f.name]
-    p.add_argument(flag, type=f.type, default=f.default, metavar="N", help=text)
+    p.add_argument(f"--{f.name.replace('_', '-')}", type=f.type, default=f.default, metavar="N",
+                   help=terminal and terminal.SAMPLING[f.name])
 
 def sampling(args):
   """-> the options of Sampling on a command line, checked. Raises Fault."""
-  options = {f.name: getattr(args, f.name) for f in fields(Sampling)}
-  if Sampling(**options) != Sampling(args.max_tokens) and not args.temperature:
-    raise Fault("--top-k, --top-p and --seed choose among likely tokens: they need a --temperature above 0")
-  return options
+  return asdict(Sampling(**{f.name: getattr(args, f.name) for f in fields(Sampling)}))
 
 def open_model(args, place=upload):
   """The model that the options of add_arguments name. Raises Fault."""
-  folder = args.weights or "weights"
-  if terminal:
-    terminal.quiet, folder = args.quiet, terminal.find_weights(args.weights, ROOT)
-  else:
-    say(args, "without examples/ beside vlm.py: the same answers, but slowly, and no boxes drawn")
-  progress(f"loading {folder}")
+  folder = terminal.find_weights(args.weights, ROOT) if terminal else args.weights or "weights"
+  if not terminal:
+    log.info("without examples/ beside vlm.py: the same answers, but slowly, and no boxes drawn")
+  log.debug(f"loading {folder}")
   model = load(folder, args.device, place)
-  say(args, f"{folder}: {model.config.note or 'these weights answer'}")
+  log.info(f"{folder} answers")
   return model
 
 def ask(model, args, images, prompt):
   """One question, as the command line answers it -> exit code."""
-  pictures, code = [open_image(name) for name in images], 0
-  try:
-    for piece in model.stream(pictures, prompt, **sampling(args)):
-      if not args.json:
-        print(piece, end="", flush=True)
-  except KeyboardInterrupt:  # what is there stays there
-    code = 130
+  pictures = [open_image(name) for name in images]
+  for piece in model.stream(pictures, prompt, **sampling(args)):
+    print("" if args.json else piece, end="", flush=True)
   answer, t = model.answered, model.timings
   drawing = terminal and terminal.Drawing(pictures[0], answer.boxes, model.folder, model.device)
   boxes = drawing.entries if drawing else [asdict(box) for box in answer.boxes]
-  said = {"text": answer.text, "tokens": answer.tokens, "prompt_tokens": model.tokenizer.prompt(prompt)}
-  print(json.dumps(said | {"boxes": boxes, "timings": t}) if args.json else "", flush=True)
+  print(json.dumps(answer._asdict() | {"boxes": boxes, "timings": t}) if args.json else "", flush=True)
   if drawing:
     drawing.save(args, images)
-  speed = t["decode_tok_s"] or 0
-  say(args, f"load {t['load_s']:.2f} s, vision {t['vision_s']:.2f} s, prefill {t['prefill_s']:.2f} s, "
-            f"{speed:.1f} tok/s, {speed * model.bytes / 1e9:.1f} GB/s")
-  return code
+  log.info(f"load {t['load_s']:.2f} s, vision {t['vision_s']:.2f} s, prefill {t['prefill_s']:.2f} s, "
+           f"{t['decode_tok_s']:.1f} tok/s, {t['decode_tok_s'] * model.bytes / 1e9:.1f} GB/s")
+  return 0
 
 @program
 def main(argv):
-  p = Parser(prog="vlm.py", usage="vlm.py [IMAGE ...] [PROMPT] [options]", allow_abbrev=False,
-             description="Ask PaliGemma about a picture; without a prompt, again and again.",
-             epilog='prompts: "caption en", "answer en QUESTION", "detect A ; B", "segment A"')
+  p = (terminal or argparse).ArgumentParser(
+    prog="vlm.py", usage="vlm.py [IMAGE ...] [PROMPT] [options]", allow_abbrev=False,
+    description="Ask PaliGemma about a picture; without a prompt, again and again.",
+    epilog='prompts: "caption en", "answer en QUESTION", "detect A ; B", "segment A"')
   p.add_argument("words", nargs="*", metavar="IMAGE ... PROMPT", help="pictures, and what to ask of them")
+  p.add_argument("--json", action="store_true", help="one JSON object instead of text")
+  p.add_argument("--train", action="store_true", help="a small model, on drawn shapes or IMAGE, a folder")
+  p.add_argument("--steps", type=int, default=1000, help="of --train (default: %(default)s)")
+  p.add_argument("--save", type=Path, default=ROOT / "weights" / "mine", help="of --train: a new folder")
+  add_arguments(p)
   if terminal:
     terminal.add_arguments(p)
-  p.add_argument("--json", action="store_true", help="one JSON object instead of text")
-  add_arguments(p)
   args = p.parse_args(argv)
-  *images, prompt = args.words or [ROOT / "examples" / "shapes.png", "caption en"]
-  if not images or os.path.isfile(prompt):
-    images, prompt = [*images, prompt], None  # asked at the terminal, again and again
+  *images, prompt = terminal.words(args, ROOT) if terminal else args.words or [""]
+  if args.train:
+    return train(args.save, terminal and terminal.samples(args), args.steps, find_device(args.device))
   sampling(args)  # all that can be wrong, before the slow part
-  if terminal:
-    terminal.check(args, images, prompt)
-  elif prompt is None:
-    raise Fault("what is asked? give a prompt after the picture")
   for name in images:
     open_image(name)
   question = functools.partial(ask, open_model(args), args)

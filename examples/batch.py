@@ -231,7 +231,7 @@ class Job:
 
   def finish(self, row, answer):
     if isinstance(answer, Fault):
-      vlm.progress("")
+      vlm.log.debug("")
       print(f"batch: {self.args.list} line {row.number}: {' '.join(str(answer).split())}", file=sys.stderr)
       self.answers.write(row.line(error=str(answer)))
       self.bad += 1
@@ -248,7 +248,7 @@ class Job:
     try:
       masks = [self.masks and self.masks(box, width, height) for box in boxes]
     except self.draw.Missing as e:
-      vlm.say(self.args, str(e))
+      vlm.log.info(str(e))
       self.masks, masks = None, [None] * len(boxes)  # said once
     return [self.draw.entry(box, mask) for box, mask in zip(boxes, masks)]
 
@@ -268,7 +268,7 @@ class Job:
 
 @vlm.program
 def main(argv):
-  p = vlm.Parser(prog="batch.py", allow_abbrev=False,
+  p = vlm.terminal.ArgumentParser(prog="batch.py", allow_abbrev=False,
                  description="Answer a list of questions about pictures. Started again, it goes on.")
   p.add_argument("list", metavar="LIST", help='file of lines like {"image": "a.jpg", "prompt": "caption en"}')
   p.add_argument("--out", metavar="ANSWERS", required=True, help="file that gets a JSON object for each line")
@@ -282,7 +282,7 @@ def main(argv):
   answers = Answers(Path(args.out), read_list(source), source)
   with answers.file:
     if not answers.rows:
-      vlm.say(args, f"all {answers.before} rows are done: {args.out}")
+      vlm.log.info(f"all {answers.before} rows are done: {args.out}")
       return answers.exit_code()
     try:
       model = vlm.open_model(args)
@@ -293,9 +293,9 @@ def main(argv):
     try:
       job.run(options)
     except KeyboardInterrupt:
-      vlm.say(args, f"stopped: {job.summary()}; the same command goes on")
+      vlm.log.info(f"stopped: {job.summary()}; the same command goes on")
       return 130
-    vlm.say(args, job.summary())
+    vlm.log.info(job.summary())
     return answers.exit_code()
 
 

@@ -87,9 +87,8 @@ def measure(folder, born, steady, _, side, choices):
   marks, result = [], {"load": time.time() - born}
 
   def vision():
-    features = model.vision(image)[1]
-    features.numpy()
-    return features
+    model.features.clear()  # or it would be remembered
+    return vlm.upload(model.vision(image)[1][None], model.device)
 
   def prefill(features):
     return model.prefill(features, ids, positions)[0].numpy()
@@ -200,7 +199,7 @@ def by_turns(repeat, runs):
     ceilings.append(limits())
     for name, work in runs.items():
       results[name].append(work())
-  vlm.progress("")
+  vlm.log.debug("")
   return results, ceilings
 
 
@@ -479,7 +478,7 @@ def check(folder, python):
   import golden
   model, agree = vlm.load(folder), []
   image = golden.pixels(model.config.vision.image_size, 1)
-  ours = np.stack([model.logits(image[0], prompt) for prompt in PROMPTS])
+  ours = np.stack([model.prefix([image[0]], [prompt], 1)[1].numpy()[0] for prompt in PROMPTS])
   took = model.timings
   print(f"ours: {took['load_s']:.2f} s load, {took['prefill_s']:.2f} s last prefill", flush=True)
   ids = {f"ids{i}": np.array(model.tokenizer.prompt(prompt)) for i, prompt in enumerate(PROMPTS)}
@@ -507,7 +506,7 @@ GOES_WITH = {"vs": ("", "quantized"), "beside": ("",), "repeat": ("", "quantized
 
 @vlm.program
 def main(argv):
-  p = vlm.Parser(prog="bench.py", description="Measure speed and memory at full size.", allow_abbrev=False)
+  p = vlm.terminal.ArgumentParser(prog="bench.py", description="Measure speed and memory at full size.", allow_abbrev=False)
   p.add_argument("folder", metavar="DIR", nargs="?", help="PaliGemma's folder or name")
   p.add_argument("--vs", choices=["transformers"], help="beside transformers, as ratios; needs --python")
   p.add_argument("--beside", metavar="CHECKOUT", type=Path, help="beside another vlm.py, as ratios")
@@ -537,7 +536,6 @@ def main(argv):
     raise vlm.Fault(f"--beside {args.beside}: there is no examples/bench.py")
   if repeat < 1 or min(args.sides or [1]) < 1:
     raise vlm.Fault("--repeat and --sides: at least 1")
-  vlm.terminal.quiet = False
   if mode == "products":
     return products()
   if mode == "train":

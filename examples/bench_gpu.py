@@ -46,8 +46,8 @@ def measure(folder, device, side, batch, start):
   picture, slots = bench.pixels(model.config.vision.image_size), vlm.upload(positions, model.device)
 
   def prefill():
-    image = model.vision(picture)[1]
-    image = image.expand(batch, *image.shape[1:]).contiguous().realize() if batch > 1 else image
+    model.features.clear()  # or it would be remembered
+    image = vlm.upload(np.stack([model.vision(picture)[1]] * batch), model.device)
     return model.prefill(image, ids, positions)[0].numpy()
 
   def decode():
@@ -150,7 +150,7 @@ def table(folder, device, python=None):
 
 @vlm.program
 def main(argv):
-  p = vlm.Parser(prog="bench_gpu.py", description="One table of speed for a GPU.", allow_abbrev=False)
+  p = vlm.terminal.ArgumentParser(prog="bench_gpu.py", description="One table of speed for a GPU.", allow_abbrev=False)
   p.add_argument("folder", metavar="DIR", help="PaliGemma's folder or name")
   p.add_argument("--device", metavar="DEV", help="CUDA, METAL, ...")
   p.add_argument("--python", metavar="REF", help="a Python with torch and transformers, to compare with")

@@ -364,7 +364,7 @@ def to_npz(folder, path):
       for done, row in enumerate(table):
         vlm.terminal.bar(done, len(table), f"writing {path}")
         write_tensor(archive, *row)
-    vlm.progress("")
+    vlm.log.debug("")
     checkpoint.write_file(beside[1], [(folder / "tokenizer.model").read_bytes()])
     checkpoint.write_file(beside[0], [json.dumps(more, indent=1).encode()])
     os.replace(part, path)
@@ -379,13 +379,13 @@ def to_npz(folder, path):
 
 @vlm.program
 def main(argv):
-  p = vlm.Parser(prog="big_vision.py", allow_abbrev=False,
+  p = vlm.terminal.ArgumentParser(prog="big_vision.py", allow_abbrev=False,
                  description="Convert a big_vision .npz to a PaliGemma folder, or back.")
   p.add_argument("source", metavar="SOURCE", help="an .npz, or a PaliGemma folder or name")
   p.add_argument("target", metavar="TARGET", help="the new folder, or the new .npz")
   p.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
   args = p.parse_args(argv)
-  vlm.terminal.quiet, target = args.quiet, Path(args.target)
+  target = Path(args.target)
   forward = Path(args.source).suffix == ".npz" and not Path(args.source).is_dir()
   if forward == (target.suffix == ".npz"):
     raise Fault("give an .npz and the folder to be written, or a PaliGemma folder and the name of an .npz")
@@ -393,7 +393,7 @@ def main(argv):
     to_folder(Path(args.source), target)
   else:
     to_npz(vlm.terminal.find_weights(args.source, ROOT), target)
-  vlm.say(args, f"{target} is written")
+  vlm.log.info(f"{target} is written")
 
 
 if __name__ == "__main__":

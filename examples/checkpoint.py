@@ -22,16 +22,14 @@ def hub_name(name):
   return re.sub(r"^vision_tower\.", "vision_tower.vision_model.", name)
 
 
-def safetensors(tensors, patch=None, metadata=None):
-  """{name: (Tensor, type to store)}, uint16 meaning bfloat16 -> the pieces of a safetensors file. patch: its
-  side, for the patch embedding, which is a convolution in files."""
+def safetensors(tensors, metadata=None):
+  """{name: (Tensor, type to store)}, uint16 meaning bfloat16 -> the pieces of a safetensors file."""
   kinds = {dtypes.float32: "F32", dtypes.float16: "F16", dtypes.uint16: "BF16", dtypes.int8: "I8",
            dtypes.uint8: "U8"}
   header, end = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
   for name, (t, dtype) in tensors.items():
-    shape = (len(t), 3, patch, patch) if name.endswith("patch_embedding.weight") and patch else t.shape
     place = [end, end := end + t.numel() * dtype.itemsize]
-    header[name] = {"dtype": kinds[dtype], "shape": shape, "data_offsets": place}
+    header[name] = {"dtype": kinds[dtype], "shape": t.shape, "data_offsets": place}
   text = json.dumps(header).encode()
   text += b" " * (-(8 + len(text)) % 64)  # aligned for vectors: the CPU uses tensors where the file is mapped
   yield len(text).to_bytes(8, "little") + text
@@ -110,7 +108,7 @@ def write(folder, config, tokenizer, tensors):
     for done, piece in enumerate(safetensors(named)):
       vlm.terminal.bar(done, len(tensors), f"writing {folder}")
       yield piece
-    vlm.progress("")
+    vlm.log.debug("")
   try:
     folder.mkdir(parents=True, exist_ok=True)
     check_space(folder, sum(later.nbytes() for later in tensors.values()))

@@ -169,9 +169,9 @@ def train(path, steps, count):
         book.assign(Tensor(rows, device=device)).realize()
       vlm.terminal.bar(i + 1, steps, f"steps  loss {value.item():.4f}")
       if i % 250 == 249:
-        vlm.progress("")
+        vlm.log.debug("")
         print(f"step {i + 1}: cross-entropy {value.item():.4f}", flush=True)
-  vlm.progress("")
+  vlm.log.debug("")
   data = io.BytesIO()
   np.savez(data, **{name: t.numpy() for name, t in w.items()})
   try:
@@ -198,7 +198,7 @@ def evaluate(path):
 
 @vlm.program
 def main(argv):
-  p = vlm.Parser(prog="codebook.py", allow_abbrev=False,
+  p = vlm.terminal.ArgumentParser(prog="codebook.py", allow_abbrev=False,
                  description="The codes of masks: train them for the toy world, measure them.")
   action = p.add_mutually_exclusive_group(required=True)
   action.add_argument("--train", metavar="FILE", help="make codebook, encoder and decoder")
@@ -213,7 +213,6 @@ def main(argv):
       raise vlm.Fault(f"--{option} goes with --train")
     elif value < 1:
       raise vlm.Fault(f"--{option}: at least 1")
-  vlm.terminal.quiet = False
   if args.train is not None:
     train(args.train, args.steps, args.batch)
   evaluate(args.eval if args.train is None else args.train)

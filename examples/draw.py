@@ -48,6 +48,47 @@ def draw_boxes(image, boxes, masks=None):
   return image
 
 
+def curve(curves, width=720, height=420):
+  """{name: [(step, loss)]} -> a picture of them, the losses on a logarithmic scale."""
+  image = Image.new("RGB", (width, height), "white")
+  draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=13)
+  left, right, top, bottom = 70, width - 20, 30, height - 50
+  points = [(step, max(loss, 1e-6)) for rows in curves.values() for step, loss in rows]
+  last, losses = max(step for step, _ in points), [loss for _, loss in points]
+  low, high = np.log10(min(losses)) - .05, np.log10(max(losses)) + .05
+
+  def at(step, loss):
+    across, up = step / last, (np.log10(max(loss, 1e-6)) - low) / (high - low)
+    return left + across * (right - left), bottom - up * (bottom - top)
+  for tick in round_ticks(last):
+    x = at(tick, 1)[0]
+    draw.line((x, top, x, bottom), fill="#e0e0e0")
+    draw.text((x, bottom + 5), f"{tick:g}", fill="black", font=font, anchor="mt")
+  for exponent in range(-6, 3):
+    for digit in (1, 2, 5):
+      tick = digit * 10. ** exponent
+      if low <= np.log10(tick) <= high:
+        y = at(0, tick)[1]
+        draw.line((left, y, right, y), fill="#e0e0e0")
+        draw.text((left - 6, y), f"{tick:g}", fill="black", font=font, anchor="rm")
+  draw.line((left, top, left, bottom, right, bottom), fill="black")
+  draw.text(((left + right) / 2, height - 8), "step", fill="black", font=font, anchor="mb")
+  draw.text((8, 8), "loss", fill="black", font=font, anchor="lt")
+  for i, ((name, rows), color) in enumerate(zip(curves.items(), COLORS[2::-2])):
+    places = [at(*row) for row in rows]
+    draw.line(places, fill=color, width=2)
+    for x, y in places if len(places) < 60 else ():  # a single one would not show
+      draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=color)
+    draw.text((right - 5, top + 5 + 18 * i), name, fill=color, font=font, anchor="rt")
+  return image
+
+
+def round_ticks(last):
+  """Up to six round numbers from 0 to last."""
+  size = next(digit * 10 ** n for n in range(9) for digit in (1, 2, 5) if last <= 5 * digit * 10 ** n)
+  return range(0, last + 1, size)
+
+
 def draw_masks(image, masks, unit):
   """PIL image, list of (bool (H, W), color), width of an outline -> a copy with the masks, through which it is seen."""
   pixels = np.array(image)  # (H, W, 3)

@@ -15,14 +15,13 @@ ROOT = Path(vlm.__file__).resolve().parent
 
 @vlm.program
 def main(argv):
-  p = vlm.Parser(prog="draw_answer.py", description="Draw an answer's boxes and masks.", allow_abbrev=False)
+  p = vlm.terminal.ArgumentParser(prog="draw_answer.py", description="Draw an answer's boxes and masks.", allow_abbrev=False)
   p.add_argument("image", metavar="IMAGE", help="the picture that was asked about")
   p.add_argument("answer", metavar="ANSWER", help="what PaliGemma said, <loc> and <seg> tokens as text")
   p.add_argument("out", metavar="OUT", help="the picture to be written")
   p.add_argument("--weights", metavar="DIR", help="whose vae-oid.npz draws masks (default: that of weights/)")
   p.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
   args = p.parse_args(argv)
-  vlm.terminal.quiet = args.quiet
   vlm.beside("draw").check_output(args.out, [args.image])
   folder = vlm.terminal.find_weights(args.weights, ROOT) if args.weights else ROOT / "weights"
   picture = vlm.open_image(args.image)

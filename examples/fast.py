@@ -47,6 +47,7 @@ FORMATS = {dtypes.float32: 32, dtypes.float16: 16, dtypes.uint16: 16, dtypes.int
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "vlm"
 KEPT = 100  # files; the one unused for longest goes first. 0: none is read or written
 ROOM = 100_000_000  # bytes of them together; one has half a megabyte at most
+CHUNK = 512  # queries at a time, or memory would grow with the square of the picture: gigabytes at 896 pixels
 GPUS = "/dev/nvidia*", "/dev/kfd", "/dev/dri", "/dev/kgsl*", "/dev/dxg"  # what Linux calls them
 
 
@@ -60,10 +61,23 @@ def matmul(a, b, transposed=True):
 
 
 def rows(weight, ids):
+  if Tensor.training and weight.is_param and len(weight) < 10000:
+    # A product with one-hot rows, because its gradient is a product too: that of a look-up took a third of
+    # the step.
+    one_hot = (ids.unsqueeze(-1) == Tensor.arange(len(weight), device=ids.device)).float()
+    return matmul(one_hot, weight, transposed=False)
+  if Tensor.training and weight.is_param:
+    return None
   return c_rows(weight, ids) if runs_c(ids.device) else None
 
 
 def attention(q, k, v, scale, mask=None, softcap=0.0):
+  if q.shape[2] > CHUNK:
+    parts = []
+    for i in range(0, q.shape[2], CHUNK):
+      seen = mask if mask is None or mask.shape[-2] == 1 else mask[..., i:i + CHUNK, :]
+      parts.append(attention.plain(q[:, :, i:i + CHUNK], k, v, scale, seen, softcap))
+    return Tensor.cat(*parts, dim=1)
   one_token = q.shape[2] == 1 and mask is not None
   return c_attention(q, k, v, scale, mask, softcap) if one_token and forward_in_c(q) else None
 
@@ -166,7 +180,7 @@ class Packed:
     known = {np.dtype(np.int8): (shape, (N,)), np.dtype(np.uint8): ((N, groups * 16), (N, groups))}
     return scale.dtype == np.float32 and known.get(data.dtype) == (data.shape, scale.shape)
 
-  def reshape(self, shape):
+  def flatten(self, start):
     return self
 
   def placed(self, place, device, name):

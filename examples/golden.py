@@ -68,9 +68,7 @@ def random_config(rng, gemma2):
   if gemma2:  # caps far below the published 50 and 30, that they bite on the small logits of random weights
     text |= dict(sliding_window=int(rng.integers(2, 12)), query_pre_attn_scalar=int(rng.integers(4, 40)),
                  attn_logit_softcapping=float(rng.uniform(0.5, 3)),
-                 final_logit_softcapping=float(rng.uniform(2, 10)),
-                 layer_types=[str(rng.choice(["sliding_attention", "full_attention"]))
-                              for _ in range(layers)])
+                 final_logit_softcapping=float(rng.uniform(2, 10)))
   vision = dict(model_type="siglip_vision_model", vision_use_head=False, num_attention_heads=vision_heads,
                 patch_size=patch, image_size=patch * int(rng.integers(2, 6)),
                 hidden_size=vision_heads * int(rng.integers(2, 6)) * 4,
@@ -78,6 +76,10 @@ def random_config(rng, gemma2):
                 intermediate_size=int(rng.integers(30, 100)), num_hidden_layers=int(rng.integers(1, 4)))
   return dict(model_type="paligemma", vision_config=vision, text_config=text, hidden_size=text["hidden_size"],
               projection_dim=text["hidden_size"], image_token_index=1535)
+
+def next_logits(model, image, prompt):
+  """vlm.py's logits of the answer's first token, (V,)."""
+  return model.prefix([image], [prompt], 1)[1].numpy()[0]
 
 def load(folder, dtype="float32"):
   """transformers' model in float32, whatever the file holds; but the embeddings' factor is that of the file's

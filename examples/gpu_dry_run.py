@@ -91,7 +91,7 @@ def make_model(size, side=224, bits=None, layers=None, devices=1):
     arrays[name] = np.broadcast_to(np.zeros((), kind), shape)  # takes no memory
   for name, t in get_state_dict(vlm.PaliGemma(config)).items():
     if not bits or not re.search(quantize.CHOSEN, name):
-      put(name, np.uint16, *((t.shape[0], 3, 14, 14) if "patch_embedding.weight" in name else t.shape))
+      put(name, np.uint16, *t.shape)
     elif bits == "int8" or "embed_tokens" in name:
       put(name, np.int8, *t.shape)
       put(name + "_scale", np.float32, t.shape[0])
@@ -107,9 +107,9 @@ def answer(model, batch=1, length=8):
   """Vision, prefill and three decode steps."""
   P, side = model.config.vision.patches, model.config.vision.image_size
   C = 256 * -(-(P + length + 256) // 256)
-  features = model.vision(np.zeros((1, 3, side, side), np.float32))[1]
+  features = model.vision(np.zeros((3, side, side), np.float32))[1]
   positions = vlm.layout([5] * batch, P, length, C)
-  image = features.expand(batch, *features.shape[1:]).contiguous().realize() if batch > 1 else features
+  image = vlm.upload(np.stack([features] * batch), model.device)
   model.prefill(image, np.zeros((batch, length), np.int32), positions)
   positions = vlm.upload(positions, model.device)
   for step in range(3):
@@ -143,7 +143,7 @@ def memory():
 
 @vlm.program
 def main(argv):
-  p = vlm.Parser(prog="gpu_dry_run.py", allow_abbrev=False,
+  p = vlm.terminal.ArgumentParser(prog="gpu_dry_run.py", allow_abbrev=False,
                  description="Print every kernel of a model, for a GPU that is not there.")
   p.add_argument("target", metavar="TARGET", help="METAL:Apple7, CUDA:sm_90, ...; memory: what fits a Mac")
   p.add_argument("what", nargs="?", choices=[*TEXT, "train"], help="a published size, or the toy's training")

@@ -87,16 +87,15 @@ def save(source, folder, bits):
 
 @vlm.program
 def main(argv):
-  p = vlm.Parser(prog="quantize.py", description="A PaliGemma folder in 8 or 4 bits.", allow_abbrev=False)
+  p = vlm.terminal.ArgumentParser(prog="quantize.py", description="A PaliGemma folder in 8 or 4 bits.", allow_abbrev=False)
   p.add_argument("source", metavar="DIR", help="PaliGemma's folder or name")
   p.add_argument("folder", metavar="OUT", type=Path, help="the new folder")
   p.add_argument("--bits", type=int, choices=(8, 4), required=True, help="of a weight")
   p.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
   args = p.parse_args(argv)
-  vlm.terminal.quiet = args.quiet
   save(vlm.terminal.find_weights(args.source, ROOT), args.folder, args.bits)
   size = sum(file.stat().st_size for file in args.folder.glob("*.safetensors"))
-  vlm.say(args, f"{args.folder}: {size / 1e9:.3g} GB in {args.bits} bits")
+  vlm.log.info(f"{args.folder}: {size / 1e9:.3g} GB in {args.bits} bits")
 
 
 if __name__ == "__main__":

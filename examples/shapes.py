@@ -404,7 +404,7 @@ def evaluate(model, count):
       results[kind].append(overlap(mask(truth), masks(found[0], *drawn.image.size)) if drawable else 0)
     else:
       results[kind].append(answer.text.strip() == suffix)
-  vlm.progress("")
+  vlm.log.debug("")
   print(f"{'':27}     n  measured   must    aim")
   met = True
   for kind, (title, must, aim) in GOALS.items():
@@ -443,7 +443,7 @@ def make_examples(folder):
 def arguments(argv):
   """-> the options on a command line, without those that say nothing to what is to be done. Raises Fault."""
   # resolve: --weights has another default here
-  p = vlm.Parser(prog="shapes.py", allow_abbrev=False, conflict_handler="resolve",
+  p = vlm.terminal.ArgumentParser(prog="shapes.py", allow_abbrev=False, conflict_handler="resolve",
                  description="A toy world of coloured shapes: make pictures, measure a model.")
   vlm.add_arguments(p, answers=False)
   group = p.add_mutually_exclusive_group(required=True)

@@ -110,7 +110,7 @@ def memory(model):
 
 @vlm.program
 def main(argv):
-  p = vlm.Parser(prog="shard.py", allow_abbrev=False,
+  p = vlm.terminal.ArgumentParser(prog="shard.py", allow_abbrev=False,
                  description="Ask a PaliGemma whose weights several devices share.")
   p.add_argument("images", nargs="+", metavar="IMAGE", help="pictures that are asked about")
   p.add_argument("prompt", metavar="PROMPT", help="what to ask")
@@ -126,7 +126,7 @@ def main(argv):
   devices = open_devices(args.device, args.devices)
   args.weights = vlm.terminal.find_weights(args.weights, ROOT)
   model = spread(vlm.open_model(args, placing(args.weights, devices)), devices)
-  vlm.say(args, f"{memory(model) / 1e9:.3g} GB of weights on each of {len(devices)} devices")
+  vlm.log.info(f"{memory(model) / 1e9:.3g} GB of weights on each of {len(devices)} devices")
   return vlm.ask(model, args, args.images, args.prompt)
 
 

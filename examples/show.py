@@ -52,27 +52,23 @@ def watched_pass(model, images, prompts, answers, watch):
   rows = [pictures_of(image) for image in images]
   prompts = [model.tokenizer.prompt(prompt) for prompt in prompts]
   P = c.vision.patches * len(rows[0])
-  start = [P + len(prompt) for prompt in prompts]
-  end = [n + len(answer) for n, answer in zip(start, answers)]
+  end = [P + len(prompt) + len(answer) for prompt, answer in zip(prompts, answers)]
   if max(end) > c.text.max_position_embeddings:
     raise Fault(f"{max(end)} tokens of pictures and text do not fit into the context of "
                 f"{c.text.max_position_embeddings}; shorten the prompt")
   n = P + -(-(max(end) - P) // ROUND) * ROUND
-  ids = np.array([p + a + [0] * (n - e) for p, a, e in zip(prompts, answers, end)], np.int32)
   # As it was answered: the prefix sees itself, an answer's token what came before, as far as a window goes.
-  ids, *sequence = (vlm.upload(t, model.device) for t in (ids, *vlm.whole_sequence(c.text, start, end, n)))
-  features = [model.image_features(image) for row in rows for image in row]
-  image = Tensor.cat(*features).reshape(len(rows), P, -1)
+  sequence = vlm.collate(c.text, P, list(zip(prompts, answers)), n - P)
+  ids, _, full, sliding, cos, sin = (vlm.upload(t, model.device) for t in sequence)
+  features = np.concatenate([model.vision(image)[1] for row in rows for image in row])
+  image = vlm.upload(features.reshape(len(rows), P, -1), model.device)
   plain = vlm.attention
   def watched(*args):
     watch(*args)
-    vlm.attention = plain  # it calls itself, for many queries
-    out = plain(*args)
-    vlm.attention = watched
-    return out
+    return plain(*args)
   vlm.attention = watched
   try:
-    x = vlm.forward(gemma, image, gemma.embed(ids), *sequence)
+    x = gemma(image.cat(gemma.embed(ids), dim=1), cos, sin, (full, sliding))
   finally:
     vlm.attention = plain
   return x, [len(prompt) for prompt in prompts]
@@ -260,7 +256,7 @@ def evaluate(model, count):
   scenes = [shapes.scene(shapes.TEST_SEED, i) for i in range(count)]
   side = round(model.config.vision.patches ** .5)
   results, chance, others, wrong = attention_of_colors(model, scenes, side)
-  vlm.progress("")
+  vlm.log.debug("")
   if not all(results.values()):
     raise Fault("the answers name no colour that is there: eval is for weights that know the toy world",
                 code=1)
@@ -278,7 +274,7 @@ def evaluate(model, count):
   line("words", [v for task in means for v in (len(results[task]), "")])
   line("untrue, left out", [v for task in means for v in (wrong[task], "")])
   patches = patches_of_shapes(model, scenes, side)
-  vlm.progress("")
+  vlm.log.debug("")
   known = len(words(model.tokenizer))
   print(f"\nThe nearest of {known} words, of {len(patches[0])} patches within one shape:\n")
   line("", ["its colour", "its shape"])
@@ -331,7 +327,7 @@ def patches_of_shapes(model, scenes, side):
   results, done = [[] for _ in range(model.config.text.num_hidden_layers + 1)], 0
   for batch in batches([([scene.image], "caption en", scene) for scene in scenes], shapes.BATCH):
     images, prompts, _ = zip(*filled(batch, shapes.BATCH))
-    projected = np.concatenate([model.image_features(image).numpy() for [image] in images])  # (B, P, D)
+    projected = np.stack([model.vision(image)[1] for [image] in images])  # (B, P, D)
     for result, features in zip(results, [projected, *contributions(model, images, prompts)]):
       texts = np.array(nearest(model, features.reshape(-1, features.shape[-1]))[0]).reshape(len(images), -1)
       for (_, _, scene), labels in zip(batch, texts):
@@ -363,7 +359,7 @@ def draw_patches(model, args, pictures, prompt):
   if args.layer:
     features = contributions(model, [pictures], [prompt])[args.layer - 1][0]  # (P, D)
   else:
-    features = np.concatenate([model.image_features(picture).numpy()[0] for picture in pictures])
+    features = np.concatenate([model.vision(picture)[1] for picture in pictures])
   texts, near = nearest(model, features)
   each = model.config.vision.patches
   return side_by_side([grid(picture, texts[i * each:(i + 1) * each], near[i * each:(i + 1) * each])
@@ -404,7 +400,7 @@ def add_commands(p):
 
 @vlm.program
 def main(argv):
-  p = vlm.Parser(prog="show.py", description="What the model looks at.", allow_abbrev=False)
+  p = vlm.terminal.ArgumentParser(prog="show.py", description="What the model looks at.", allow_abbrev=False)
   add_commands(p)
   args = p.parse_args(argv)
   if args.what == "eval":
@@ -424,15 +420,15 @@ def main(argv):
     raise Fault(f"--layer {args.layer}: this model has {model.config.text.num_hidden_layers}")
   if args.what == "attention":
     text, picture = draw_attention(model, args, pictures, prompt)
-    vlm.progress("")
+    vlm.log.debug("")
     print(text, flush=True)
   else:
     picture = draw_patches(model, args, pictures, prompt)
   if picture is None:
-    vlm.say(args, f"the answer is empty: {args.out} not written")
+    vlm.log.info(f"the answer is empty: {args.out} not written")
     return
   vlm.beside("draw").save_picture(picture, args.out, names)
-  vlm.say(args, f"{args.what} drawn: {args.out}")
+  vlm.log.info(f"{args.what} drawn: {args.out}")
 
 
 if __name__ == "__main__":

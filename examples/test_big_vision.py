@@ -130,7 +130,7 @@ def bfloat16(a):
 def answers(model):
   """Logits after the prefix and twelve tokens: long enough for tiny2's window to matter."""
   picture = golden.pixels(56, 1)[0]
-  return model.logits(picture, PROMPT), model.generate([picture], [PROMPT], max_tokens=12)[0].tokens
+  return golden.next_logits(model, picture, PROMPT), model.generate([picture], [PROMPT], max_tokens=12)[0].tokens
 
 
 def same(a, b):
@@ -195,8 +195,8 @@ def test_fewer_rows_than_hub_files(convert):
   right, got = vlm.load(WEIGHTS / "tiny1"), vlm.load(convert(arrays=tensors("tiny1", rows=1535)))
   assert got.config.text.vocab_size == 1535 and right.config.text.vocab_size == 1536
   text = "describe <loc0012><loc1023><seg127> y"
-  logits = got.logits(golden.pixels(56, 1)[0], text)
-  wanted = right.logits(golden.pixels(56, 1)[0], text)
+  logits = golden.next_logits(got, golden.pixels(56, 1)[0], text)
+  wanted = golden.next_logits(right, golden.pixels(56, 1)[0], text)
   assert logits.shape == (1535,) and np.abs(logits - wanted[:1535]).max() < 2e-5 * wanted.std()
 
 

@@ -418,7 +418,7 @@ def picture(model):
 
 def answer(model):
   [a] = model.generate([picture(model)], [PROMPT], max_tokens=6)
-  return a.tokens, model.logits(picture(model), PROMPT)
+  return a.tokens, golden.next_logits(model, picture(model), PROMPT)
 
 
 def ask(cache, **env):
@@ -441,7 +441,7 @@ if sys.argv[1] == "again":
 m = vlm.load(sys.argv[2] + "/weights/tiny1", "CPU")
 picture, = golden.pixels(m.config.vision.image_size, 1)
 [a] = m.generate([picture], ["caption en"], max_tokens=6)
-print(json.dumps([a.tokens, m.logits(picture, "caption en").tolist()]))
+print(json.dumps([a.tokens, m.prefix([picture], ["caption en"], 1)[1].numpy()[0].tolist()]))
 """
   command = [sys.executable, "-c", code, "first", ROOT, ROOT / "examples"]
   env = os.environ | {"XDG_CACHE_HOME": str(kept)}
@@ -559,7 +559,7 @@ def test_a_program_depends_on_the_code_that_made_it(old, new, same, monkeypatch)
       return lambda *inputs: inputs
     copy.capture, model = capture, copy.load(TINY, "CPU")
     c, P = model.config, model.config.vision.patches
-    model.vision(np.zeros((1, 3, c.vision.image_size, c.vision.image_size), np.float32))
+    model.vision(np.zeros((3, c.vision.image_size, c.vision.image_size), np.float32))
     positions = copy.layout([8], P, 8, 256)
     model.prefill(tensor(np.zeros((1, P, c.text.hidden_size), np.float32)), np.zeros((1, 8), int), positions)
     model.decode([0], P + 8, tensor(positions))

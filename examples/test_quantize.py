@@ -40,7 +40,7 @@ def packed(tmp_path_factory):
 
 
 def logits(model):
-  return model.logits(golden.pixels(model.config.vision.image_size, 1)[0], PROMPT)
+  return golden.next_logits(model, golden.pixels(model.config.vision.image_size, 1)[0], PROMPT)
 
 
 # ---- 1. The arithmetic ----

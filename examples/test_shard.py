@@ -20,7 +20,7 @@ PROMPTS = ["caption en", "detect red circle ; yellow star"]
 def answers(model):
   rng, side = np.random.default_rng(0), model.config.vision.image_size
   images = [rng.uniform(-1, 1, (3, side, side)).astype(np.float32) for _ in PROMPTS]
-  logits = model.logits(images[0], PROMPTS[0])
+  logits = golden.next_logits(model, images[0], PROMPTS[0])
   return logits, [answer.tokens for answer in model.generate(images, PROMPTS, max_tokens=6)]
 
 

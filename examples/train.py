@@ -20,7 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError, safe_open
 from tinygrad import Tensor, TinyJit, dtypes, nn
 from tinygrad.nn.state import get_state_dict
@@ -84,29 +83,6 @@ def waves(position, width, most):
 PARTS = {"all": "", "projector": r"multi_modal_projector\.", "attention": r"language_model.*self_attn\.",
          "language": r"language_model\."}
 
-def loss(net, pixels, ids, labels, cos, sin, full, sliding, weight):
-  """Mean next-token cross-entropy over the answers. pixels (G, 3, S, S): picture g belongs to B / G rows in
-  turn of ids (B, T), the text; labels (B, T): the token after each; cos, sin, full, sliding: see
-  vlm.whole_sequence; weight (B, T): 1 where the next token is scored."""
-  gemma, B, V = net.language_model, ids.shape[0], net.language_model.config.vocab_size
-  image = net.multi_modal_projector.linear(net.vision_tower(pixels))  # (G, P, D)
-  G, P, D = image.shape
-  image = image.reshape(G, 1, P, D).expand(G, B // G, P, D).reshape(B, P, D)
-  embedding, root = gemma.embed_tokens.weight, D ** 0.5
-  if not embedding.is_param:  # frozen: see Trainer
-    text = gemma.embed(ids)
-  elif V < 10000:
-    # A product with one-hot rows, because its gradient is a product too: that of a look-up took a third of
-    # the step.
-    one_hot = (ids.unsqueeze(-1) == Tensor.arange(V, device=ids.device)).float()
-    text = vlm.matmul(one_hot, embedding, transposed=False) * root
-  else:
-    text = embedding[ids] * root
-  x = vlm.forward(gemma, image, text, cos, sin, full, sliding)
-  logits = gemma.logits(x[:, P:].contiguous()).contiguous()  # (B, T, V)
-  target = (labels.unsqueeze(-1) == Tensor.arange(V, device=ids.device)).where(logits, 0).sum(-1)
-  return ((logits.logsumexp(-1) - target) * weight).sum() / weight.sum()
-
 class Trainer:
   """AdamW on the weights whose names match `part` (a key of PARTS), in one compiled step; the rest has no
   gradient."""
@@ -128,7 +104,7 @@ class Trainer:
     for t in self.state().values():
       t.replace(t.contiguous().realize())
     weights, optimizers = list(self.weights.values()), [optimizer for _, optimizer in self.optimizers]
-    batch_loss = functools.partial(loss, net)
+    batch_loss = functools.partial(vlm.loss, net)
     def update(*batch):
       value = batch_loss(*batch)
       gradients = value.gradient(*weights)
@@ -145,14 +121,8 @@ class Trainer:
   def batch(self, rows, pixels, T):
     """rows: B pairs of ids (prefix, answer with its eos), pixels (G, 3, S, S), T text positions -> inputs of
     `step`."""
-    P, device = self.config.vision.patches, self.optimizers[0][1].device
-    ids, weight = np.zeros((len(rows), T + 1), np.int32), np.zeros((len(rows), T), np.float32)
-    for i, (prefix, answer) in enumerate(rows):
-      ids[i, :len(prefix) + len(answer)] = prefix + answer
-      weight[i, len(prefix) - 1:len(prefix) + len(answer) - 1] = 1
-    prefixes, totals = zip(*[(P + len(prefix), P + len(prefix) + len(answer)) for prefix, answer in rows])
-    sequence = vlm.whole_sequence(self.config.text, prefixes, totals, P + T)
-    return [vlm.upload(t, device) for t in (pixels, ids[:, :-1], ids[:, 1:], *sequence, weight)]
+    device, sequence = self.optimizers[0][1].device, vlm.collate(self.config.text, self.config.vision.patches, rows, T)
+    return [vlm.upload(t, device) for t in (pixels, *sequence)]
 
   def step(self, batch, lr):
     """One update -> the loss before it."""
@@ -215,7 +185,7 @@ def longest(tokenizer):
                (f"segment {name}", "<loc0000>" * 4 + "<seg000>" * CODES + f" {name}"),
                (f"answer en what is right of the {shape}?", name),
                ("answer en how many shapes are there?", "4")]
-  return -(-max(sum(map(len, tokenize(tokenizer, *question))) - 1 for question in questions) // 4) * 4
+  return -(-max(sum(map(len, tokenize(tokenizer, *question))) for question in questions) // 4) * 4
 
 class Folder:
   """The lines of DATA/data.jsonl, one in twenty of them held out. Raises Fault for bad lines, all at once,
@@ -234,13 +204,13 @@ class Folder:
           examples.append(self.check(line, tokenizer))
         except Fault as e:
           bad.append(f"line {number}: {e}")
-    vlm.progress("")
+    vlm.log.debug("")
     if bad and not skip_bad:
       raise Fault(f"{path}: {len(bad)} bad lines (--skip-bad leaves them out): {vlm.terminal.some(bad, most=5)}")
     if not examples:
       raise Fault(f"{path} has no usable line" + (f"; {bad[0]}" if bad else ""))
     self.found = f"{path}: {len(examples)} lines" + (f", {len(bad)} bad ones left out" if bad else "")
-    self.text = -(-max(sum(map(len, ids)) - 1 for _, ids, _ in examples) // 8) * 8
+    self.text = -(-max(sum(map(len, ids)) for _, ids, _ in examples) // 8) * 8
     self.examples = [e for i, e in enumerate(examples) if i % 20 != 19]
     self.held = examples[19::20] or examples[:1]  # of fewer than 20 lines none can be spared
 
@@ -304,7 +274,7 @@ class Run:
       raise Fault(f"{source} is quantised, and training needs finer steps; start from what it was made of")
     if args.data:
       self.data = Folder(args.data, tokenizer, config, args.batch, args.skip_bad)
-      vlm.say(args, self.data.found)
+      vlm.log.info(self.data.found)
     else:
       codes = source / vlm.beside("draw").NAME if source else None
       codes = functools.partial(codebook.tokens, codes) if codes and codes.exists() else None
@@ -377,7 +347,7 @@ class Run:
            "stage": getattr(self.data, "stage", None)}
     table = [("step", "loss", "held_out_loss"), *self.history]
     try:
-      pieces = checkpoint.safetensors(weights, self.model.config.vision.patch_size)
+      pieces = checkpoint.safetensors(weights)
       checkpoint.write_file(self.folder / "model.safetensors", pieces)
       checkpoint.write_file(self.state, checkpoint.safetensors(state, metadata={"run": json.dumps(run)}))
       self.saved = self.done
@@ -385,7 +355,9 @@ class Run:
       checkpoint.write_file(self.folder / "loss.csv", lines)
       if self.history:
         picture = io.BytesIO()
-        curve(self.history).save(picture, "PNG")
+        curves = {name: [(row[0], row[column]) for row in self.history]
+                  for column, name in ((1, "training loss"), (2, "held-out loss"))}
+        vlm.beside("draw").curve(curves).save(picture, "PNG")
         checkpoint.write_file(self.folder / "loss.png", [picture.getbuffer()])
     except OSError as e:
       raise Fault(f"{self.folder}: {e.strerror or e}; the checkpoint of step {self.saved} is whole",
@@ -401,7 +373,7 @@ class Run:
     has."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     self.stop = True
-    vlm.say(self.args, "finishing this step, then saving; Ctrl-C again leaves at once, without")
+    vlm.log.info("finishing this step, then saving; Ctrl-C again leaves at once, without")
 
   def train(self):
     """All steps that are left, or those until Ctrl-C."""
@@ -445,29 +417,12 @@ class Run:
     room = config.text.max_position_embeddings - config.vision.patches - len(model.tokenizer.prompt(prefix))
     model.features.clear()  # they are of the weights of before
     [answer] = model.generate([image], [prefix], max_tokens=min(self.data.text, room))
-    vlm.say(self.args, f"step {step}: loss {loss:.3f}, held out {held_out:.3f}\n"
-                       f"  {prefix!r}: {suffix!r}, model: {answer.text!r}")
-
-def curve(history, width=640, height=400):
-  """History of (step, loss, held-out loss) -> picture of both curves, from zero."""
-  image = Image.new("RGB", (width, height), "white")
-  draw, font, pad = ImageDraw.Draw(image), ImageFont.load_default(size=13), 45
-  last, top = history[-1][0], max(max(row[1:]) for row in history) * 1.05 or 1
-  def at(step, loss):
-    return pad + step / last * (width - 2 * pad), height - pad - loss / top * (height - 2 * pad)
-  draw.line([at(0, top), at(0, 0), at(last, 0)], fill="black")
-  for i in range(5):
-    x, y = at(last * i / 4, top * i / 4)
-    draw.text((x, height - pad + 6), f"{last * i / 4:.0f}", fill="black", font=font, anchor="mt")
-    draw.text((pad - 6, y), f"{top * i / 4:.1f}", fill="black", font=font, anchor="rm")
-  for column, color, name in ((1, "#4363d8", "training loss"), (2, "#e6194b", "held-out loss")):
-    draw.line([at(row[0], row[column]) for row in history], fill=color, width=2)
-    draw.text((width - pad, pad + 18 * column), name, fill=color, font=font, anchor="rt")
-  return image
+    vlm.log.info(f"step {step}: loss {loss:.3f}, held out {held_out:.3f}\n"
+                 f"  {prefix!r}: {suffix!r}, model: {answer.text!r}")
 
 def arguments(argv):
   """-> the options on a command line, checked. Raises Fault."""
-  p = vlm.Parser(prog="train.py", allow_abbrev=False,
+  p = vlm.terminal.ArgumentParser(prog="train.py", allow_abbrev=False,
                  description="Train the toy world from random weights, or pictures on top of a checkpoint.")
   p.add_argument("data", nargs="?", default="", metavar="DATA",
                  help="a folder with data.jsonl; none: the toy world")
@@ -495,14 +450,13 @@ def arguments(argv):
 @vlm.program
 def main(argv):
   args = arguments(argv)
-  vlm.terminal.quiet = args.quiet
   job = Run(args)
   before = signal.signal(signal.SIGINT, job.interrupt)
   try:
     job.train()
   finally:
     signal.signal(signal.SIGINT, before)
-  vlm.say(args, f"stopped after step {job.done}; --resume continues" if job.stop else
+  vlm.log.info(f"stopped after step {job.done}; --resume continues" if job.stop else
                 f"{args.steps} steps done: {job.folder}")
   return 130 if job.stop else 0
 

@@ -1,0 +1,79 @@
+"""Pictures and what is said of them, as people have them: to train on. Imports nothing of vlm."""
+import csv
+import json
+from pathlib import Path
+
+from tokenizer import Fault
+
+QUESTION = "caption en"  # where only the answer is given
+
+
+def read(folder):
+  """[(path of a picture, question, answer)] of a folder with a data.jsonl, whose lines are {"image": file, "prefix":
+  question, "suffix": answer}, or with a captions.csv of image and caption, or with one subfolder for each label.
+  Raises Fault, which names the first bad line."""
+  folder = Path(folder)
+  lines, table = folder / "data.jsonl", folder / "captions.csv"
+  if not folder.is_dir():
+    raise Fault(f"{folder}: no such folder")
+  if lines.exists():
+    found = from_lines(lines)
+  elif table.exists():
+    found = from_table(table)
+  else:
+    found = [(path, QUESTION, path.parent.name) for path in sorted(folder.glob("*/*"))
+             if path.is_file() and not path.name.startswith(".")]
+  if len(found) < 10:
+    raise Fault(f"{folder}: {len(found)} pictures with a text; at least 10 are needed, in a data.jsonl, a captions.csv "
+                "or one subfolder for each label")
+  return found
+
+
+def from_lines(path):
+  found = []
+  for number, line in enumerate(read_text(path).split("\n"), 1):
+    try:
+      example = json.loads(line) if line.strip() else None
+      if example:
+        image, question, answer = (example[key] for key in ("image", "prefix", "suffix"))
+        found.append((path.parent / image, question + "", answer.strip() + ""))
+        checked(found[-1])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+      raise Fault(f"{path}, line {number}: needs image, prefix and suffix, three strings, as JSON") from None
+    except Fault as e:
+      raise Fault(f"{path}, line {number}: {e}") from None
+  return found
+
+
+def from_table(path):
+  found = []
+  try:
+    for number, row in enumerate(csv.reader(read_text(path).splitlines(), strict=True), 1):
+      if number == 1 and row and not (path.parent / row[0]).is_file():
+        continue  # the names of the columns
+      if row and len(row) != 2:
+        raise Fault(f"{path}, line {number}: {len(row)} columns; an image and its caption are two")
+      if row:
+        found.append((path.parent / row[0], QUESTION, row[1].strip()))
+        try:
+          checked(found[-1])
+        except Fault as e:
+          raise Fault(f"{path}, line {number}: {e}") from None
+  except csv.Error as e:
+    raise Fault(f"{path}: {e}") from None
+  return found
+
+
+def read_text(path):
+  try:
+    return path.read_text()
+  except (OSError, ValueError) as e:
+    raise Fault(f"{path}: {getattr(e, 'strerror', None) or 'not UTF-8'}") from None
+
+
+def checked(sample):
+  path, _, answer = sample
+  if not path.is_file():
+    raise Fault(f"{path.name}: no such image")
+  if not answer:
+    raise Fault("the text is empty")
