@@ -336,7 +336,7 @@ def open_image(source):
       image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
   except Exception as e:  # Pillow's readers raise whatever they stumble over
-    raise Fault(f"{source}: not an image, or a damaged one ({e})") from None
+    raise Fault(f"{source}: {getattr(e, 'strerror', 0) or f'not an image, or a damaged one ({e})'}") from None
 
 def to_pixels(source, side):
   """Anything open_image takes, or a float32 array (3, S, S) in [-1, 1] as it is -> float32 (1, 3, S, S)."""
@@ -711,13 +711,13 @@ def training_mask(starts, ends, n, window=math.inf):
 
 def collate(c, P, rows, T):
   """B rows (prompt ids, answer ids), each after P image tokens -> ids (B, T); labels (B, T), the token after
-  each, -1 where none is learnt; masks full and sliding (B, 1, 1, n, n); cos and sin (n, d / 2)."""
+  each, -100 where none is learnt; masks full and sliding (B, 1, 1, n, n); cos and sin (n, d / 2)."""
   starts, ends = np.transpose([(len(prompt), len(prompt + answer)) for prompt, answer in rows])
   ids = np.array([(prompt + answer + [0] * T)[:T] for prompt, answer in rows], np.int32)
   place = np.arange(T) + 1  # of the label
   learnt = (place >= starts[:, None]) & (place < ends[:, None])
   masks = [training_mask(P + starts, P + ends, P + T, window) for window in (math.inf, c.sliding_window)]
-  return ids, np.where(learnt, np.roll(ids, -1, 1), -1), *masks, *rope_table(c, np.arange(P + T))
+  return ids, np.where(learnt, np.roll(ids, -1, 1), -100), *masks, *rope_table(c, np.arange(P + T))
 
 def loss(net, pixels, ids, labels, full, sliding, cos, sin):
   """Mean cross-entropy of the answers' tokens. pixels (G, 3, S, S): each is the picture of B / G rows."""
@@ -725,7 +725,7 @@ def loss(net, pixels, ids, labels, full, sliding, cos, sin):
   image = image.repeat_interleave(len(ids) // len(image), 0)  # (B, P, D)
   x = gemma(image.cat(gemma.embed(ids), dim=1), cos, sin, (full, sliding))  # (B, P + T, D)
   logits = gemma.logits(x[:, image.shape[1]:].contiguous()).contiguous()  # (B, T, V)
-  return logits.sparse_categorical_crossentropy(labels, ignore_index=-1)
+  return logits.sparse_categorical_crossentropy(labels, ignore_index=-100)  # with -1 it would ignore nothing
 
 def train(folder, samples, steps, device):
   """[(picture, question, answer)], or drawn ones -> a folder of a PaliGemma that has learnt nine tenths."""

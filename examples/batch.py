@@ -241,7 +241,7 @@ class Job:
     self.rows += 1
     before, spent, left = self.answers.before, self.seconds(), len(self.answers.rows) - self.rows
     vlm.terminal.bar(before + self.rows, before + self.rows + left,
-                     f"{self.pictures / spent:.2f} pictures/s  {spent / self.rows * left / 60:.1f} min left")
+                     f"rows, {self.pictures / spent:.2f} pictures/s")
 
   def entries(self, boxes, width, height):
     """-> the boxes as JSON has them, without masks where there is no file for these."""
@@ -275,6 +275,7 @@ def main(argv):
   p.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows at once (default %(default)s)")
   vlm.add_arguments(p)
   args = p.parse_args(argv)
+  vlm.terminal.check_sampling(args)
   options = vlm.sampling(args)
   if args.batch_size < 1:
     raise Fault("--batch-size: at least 1")

@@ -185,10 +185,14 @@ def trained(model, samples):
            f'exactly. Ask it: python vlm.py IMAGE "caption en" --weights {model.folder}')
 
 
+def check_sampling(args):
+  if args.given & {"--top-k", "--top-p", "--seed"} and not args.temperature:
+    raise Fault("--top-k, --top-p and --seed choose among likely tokens: they need a --temperature above 0")
+
+
 def check(args, images, prompt):
   """What can be wrong with a command line, before the slow part. Raises Fault."""
-  if not args.temperature and args.given & {"--top-k", "--top-p", "--seed"}:
-    raise Fault("--top-k, --top-p and --seed choose among likely tokens: they need a --temperature above 0")
+  check_sampling(args)
   absent = [name for name in images if not os.path.exists(name)]
   if absent:
     order = "; pictures come first, then a prompt, with quotes around several words" if len(images) > 1 else ""

@@ -9,6 +9,7 @@ import pytest
 from tinygrad.nn.state import get_state_dict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vlm.py, wherever this is started from
+import golden
 import quantize
 import shard
 import vlm

@@ -105,8 +105,8 @@ def test_a_batch_is_its_rows_and_nothing_is_left_behind():
     show.contributions(model("toy"), images, ["word " * 9000] * 2)
 
 def test_many_queries_are_watched_once(monkeypatch):
-  """attention() calls itself for parts of them"""
-  monkeypatch.setattr(vlm, "CHUNK", 40)
+  """fast.attention() computes parts of them"""
+  monkeypatch.setattr(vlm.kernels, "CHUNK", 40)
   images, prompts, answers = answered("toy")
   seen = []
   show.watched_pass(model("toy"), images, prompts, answers, lambda q, *rest: seen.append(q.shape[2]))

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
 from tinygrad import Tensor
 from tinygrad.nn.state import get_state_dict
 
@@ -88,18 +89,18 @@ def picture(text):
 def test_the_mask_is_its_picture():
   lines = [line.split()[-6:] for line in vlm.training_mask.__doc__.splitlines()]
   drawn = picture("\n".join(" ".join(line) for line in lines if len(line) == 6 and set(line) <= {"0", "1"}))
-  assert drawn.shape == (6, 6) and (vlm.training_mask([3], [5], 6)[0, 0] == drawn).all()
+  assert drawn.shape == (6, 6) and (vlm.training_mask([3], [5], 6)[0, 0, 0] == drawn).all()
 
 def test_the_mask_with_a_window():
   """The window bites on answers only: the prefix sees all of itself, and padding all the rest."""
   rows = 3 * ["1 1 1 0 0 0 0"] + ["0 0 1 1 0 0 0", "0 0 0 1 1 0 0"] + 2 * ["1 1 1 1 1 0 0"]
   wanted = picture("\n".join(rows))
-  assert (vlm.training_mask([3], [5], 7, 2)[0, 0] == wanted).all()
+  assert (vlm.training_mask([3], [5], 7, 2)[0, 0, 0] == wanted).all()
   both = vlm.training_mask([3, 1], [5, 7], 7, 2)
-  assert both.shape == (2, 1, 7, 7) and (both[0, 0] == wanted).all() and (both.any(-1)).all()
+  assert both.shape == (2, 1, 1, 7, 7) and (both[0, 0, 0] == wanted).all() and (both.any(-1)).all()
 
 def test_loss_is_a_cross_entropy_of_the_models_own_logits(shared):
-  """vlm.logits after each beginning of an answer, which shares neither mask nor batch with train.loss."""
+  """vlm.logits after each beginning of an answer, which shares neither mask nor batch with vlm.loss."""
   model, trainer, rows, pixels = shared
   terms = []
   for i, (prefix, answer) in enumerate(rows):
@@ -124,7 +125,7 @@ def one_shot(model, image, ids, prefix):
       net = model.net
       text = net.language_model.embed(padded)
       features = net.multi_modal_projector.linear(net.vision_tower(pixels))
-      x = vlm.forward(net.language_model, features, text, cos, sin, mask, mask)
+      x = net.language_model(features.cat(text, dim=1), cos, sin, (mask, mask))
       return net.language_model.logits(x.contiguous()).contiguous()
     one_shot.run = vlm.TinyJit(run)
     one_shot.run.cnt = 1
@@ -134,8 +135,7 @@ def one_shot(model, image, ids, prefix):
 def test_only_answers_are_scored(shared):
   model, trainer, rows, pixels = shared
   batch = trainer.batch(rows, pixels, TEXT)
-  labels, weight, before = batch[2].numpy(), batch[-1].numpy(), trainer.loss(batch)
-  assert (weight.sum(1) == [len(answer) for _, answer in rows]).all()
+  labels, before = batch[2].numpy(), trainer.loss(batch)
   def with_label(row, place):
     changed = labels.copy()
     changed[row, place] = (changed[row, place] + 7) % 400
@@ -143,8 +143,7 @@ def test_only_answers_are_scored(shared):
   for row, (prefix, answer) in enumerate(rows[:2]):
     scored = range(len(prefix) - 1, len(prefix) + len(answer) - 1)
     assert [labels[row, place] for place in scored] == answer  # from the first token to the eos
-    for place in (0, len(prefix) // 2, len(prefix) - 2, scored[-1] + 1, TEXT - 1):
-      assert place not in scored and with_label(row, place) == before
+    assert (labels[row] >= 0).sum() == len(answer)  # and nothing else
     for place in (scored[0], scored[-1]):
       assert abs(with_label(row, place) - before) > 1e-4
 
@@ -270,11 +269,11 @@ def whole(tmp_path_factory):
 def test_a_run_leaves_a_whole_folder(whole):
   names = {"config.json", "model.safetensors", "tokenizer.model", "training.state", "loss.csv", "loss.png"}
   assert {p.name for p in whole.iterdir()} == names
-  tensors = vlm.read_tensors(whole / "model.safetensors")  # hub names
+  tensors = load_file(whole / "model.safetensors")  # hub names
   assert "language_model.model.layers.1.self_attn.q_proj.weight" in tensors
   assert tensors["vision_tower.vision_model.embeddings.patch_embedding.weight"].shape == (32, 3, 14, 14)
   assert [row[0] for row in rows_of(whole)] == [4, 8]
-  assert Image.open(whole / "loss.png").size == (640, 400)
+  assert Image.open(whole / "loss.png").size == (720, 420)
   [answer] = vlm.load(whole).generate([shapes.scene(3, 0).image], ["caption en"], max_tokens=4)
   assert len(answer.tokens) <= 4
 
@@ -410,7 +409,7 @@ BAD = {
   "three strings ": b'{"image": "0.png", "prefix": "x"}',
   "three strings  ": b'{"image": "0.png", "prefix": "x", "suffix": 3}',
   "suffix is empty": b'{"image": "0.png", "prefix": "x", "suffix": ""}',
-  "no such image": b'{"image": "9.png", "prefix": "x", "suffix": "y"}',
+  "No such file": b'{"image": "9.png", "prefix": "x", "suffix": "y"}',
   "not an image": b'{"image": "half.png", "prefix": "x", "suffix": "y"}',
   "not an image ": b'{"image": "data.jsonl", "prefix": "x", "suffix": "y"}',
   "not an image  ": b'{"image": "a\\u0000b", "prefix": "x", "suffix": "y"}',

@@ -393,7 +393,7 @@ class Run:
         spent = time.perf_counter() - start
         left = spent / (self.done - first) * (args.steps - self.done)
         speed = f"{tokens / spent:.0f} tokens/s"
-        vlm.terminal.bar(self.done, args.steps, f"steps  loss {value:.3f}  {speed}  {left / 60:.1f} min left")
+        vlm.terminal.bar(self.done, args.steps, f"steps, loss {value:.3f}, {speed}")
         if self.done % every == 0 or self.done == args.steps:
           unseen = self.check(self.trainer.loss(held_out))
           self.history.append([self.done, float(np.mean(self.losses)), unseen])
