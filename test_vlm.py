@@ -11,6 +11,7 @@ import gc
 import importlib
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -21,6 +22,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import tokenize
 import weakref
 import zlib
@@ -31,7 +33,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import sentencepiece
-from PIL import Image
+from PIL import Image, ImageColor
 from tinygrad import Tensor, dtypes
 from tinygrad.helpers import Context
 from tinygrad.nn.state import get_state_dict
@@ -1394,6 +1396,146 @@ def test_readme_prints_what_the_toy_answers():
   said = re.search(r"^    \$ python vlm.py (\S+) \"(.*?)\"\n    (.*)$", README, flags=re.M)
   [answer] = vlm.load(WEIGHTS / "toy").generate([ROOT / said[1]], [said[2]])
   assert answer.text == said[3]
+
+# ---- training a small one from nothing ----
+SMALL = vlm.Config(vlm.VisionConfig(64, 2, 2, 128, image_size=56), vlm.TextConfig(64, 2, 128, 2, 1, 32))
+
+def coloured(rng):
+  """-> a picture of one colour, a question, its name. Without the picture the best loss is log(6) / 6 = .3."""
+  color = str(rng.choice(vlm.COLORS))
+  pixels = np.full((56, 56, 3), ImageColor.getrgb(color)) + rng.normal(0, 20, (56, 56, 3))
+  return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), "what color?", color
+
+@functools.cache
+def trained():
+  """A smaller model after 80 steps of colours -> its folder, the loss of each step"""
+  folder, losses, rng = Path(tempfile.mkdtemp()) / "mine", [], np.random.default_rng(1)
+  keep = logging.Handler()
+  keep.emit = lambda record: losses.append(record.args[2]) if "loss" in record.msg else None
+  with mock.patch.object(vlm, "TOY", SMALL), mock.patch.object(vlm.terminal, "trained"), \
+       mock.patch.object(vlm.log, "handlers", [keep]), mock.patch.object(vlm.log, "level", logging.DEBUG):
+    vlm.train(folder, [coloured(rng) for _ in range(400)], 80, vlm.open_device(None))
+  return folder, losses
+
+@pytest.mark.long
+def test_training_learns():
+  folder, losses = trained()
+  assert len(losses) == 80 and losses[0] > 3 and np.mean(losses[-10:]) < .1
+  m, rng = vlm.load(folder), np.random.default_rng(5)
+  pictures, prompts, names = zip(*(coloured(rng) for _ in range(20)))
+  answers = m.generate(list(pictures), list(prompts), max_tokens=12)
+  assert [answer.text for answer in answers] == list(names)
+
+@pytest.mark.long
+def test_live_trained_folder(live_seed):
+  folder, rng = trained()[0], np.random.default_rng(live_seed)
+  theirs, m = golden.load(folder), vlm.load(folder)
+  for _ in range(10):
+    pixels = vlm.to_pixels(coloured(rng)[0], 56)
+    right = golden.reference(theirs, pixels, m.tokenizer.prompt("caption en"), 16)
+    assert differ(golden.next_logits(m, pixels[0], "caption en"), right["logits"][0]) < TOLERANCE["logits"]
+    tokens = right["tokens"][0].tolist()
+    [answer] = m.generate([pixels[0]], ["caption en"], max_tokens=16)
+    assert answer.tokens == tokens[:tokens.index(1) if 1 in tokens else None]
+
+@pytest.mark.quick
+def test_the_drawn_world():
+  scenes = [vlm.draw_scene(np.random.default_rng(i)) for i in range(200)]
+  texts = [answer for *_, answer in scenes]
+  assert {question for _, question, _ in scenes} == {"caption en"} and len(set(texts)) > 100
+  assert {word for text in texts for word in text.split()} == {"a", "and", *vlm.COLORS, *vlm.CORNERS}
+  assert 60 < sum(" and " in text for text in texts) < 140  # one or two
+  for picture, _, text in scenes[:50]:  # a named colour is there, on its side
+    pixels, names = np.asarray(picture), [words.split()[1] for words in text.split(" and ")]
+    for i, color in enumerate(names):
+      part = pixels[:, 56 * i // len(names):56 * (i + 1) // len(names)]
+      assert (part == ImageColor.getrgb(color)).all(-1).sum() > 40, text
+
+@pytest.mark.quick
+def test_characters_are_pieces(tmp_path):
+  texts = "caption en", "ein rotes Dreieck, größer"
+  tokenizer = vlm.learn_characters([(None, *texts)], tmp_path / "new")
+  assert isinstance(tokenizer, Tokenizer) and (tmp_path / "new" / "tokenizer.model").exists()
+  for text in texts:
+    ids = tokenizer.encode(text)
+    assert len(ids) == len(text) and tokenizer.decode(ids) == text
+  assert tokenizer.image == tokenizer.model.get_piece_size() + LOC + SEG  # the rest follows, as in hub folders
+  with pytest.raises(vlm.Fault, match="not empty"):
+    vlm.learn_characters([(None, *texts)], tmp_path / "new")
+  (tmp_path / "file").touch()
+  with pytest.raises(vlm.Fault, match="--save"):
+    vlm.learn_characters([(None, *texts)], tmp_path / "file" / "new")
+
+@pytest.mark.quick
+def test_collate():
+  c = model("tiny2").config.text  # windows of few tokens
+  ids, labels, full, sliding, cos, sin = vlm.collate(c, 3, [([2, 7, 5], [8, 9, 1]), ([2, 5], [6, 1])], 8)
+  assert ids.tolist() == [[2, 7, 5, 8, 9, 1, 0, 0], [2, 5, 6, 1, 0, 0, 0, 0]]
+  no = -100
+  assert labels.tolist() == [[no, no, 8, 9, 1, no, no, no], [no, 6, 1, no, no, no, no, no]]
+  assert cos.shape == sin.shape == (11, c.head_dim // 2) and full.shape == sliding.shape == (2, 1, 1, 11, 11)
+  for i, (start, end) in enumerate(((6, 9), (5, 7))):
+    assert (full[i] == vlm.training_mask([start], [end], 11)[0]).all()
+    assert (sliding[i] == vlm.training_mask([start], [end], 11, c.sliding_window)[0]).all()
+
+def write_pictures(folder, names):
+  for i, name in enumerate(names):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (9, 9), (20 * i, 0, 0)).save(folder / name)
+
+def test_samples_of_every_kind(tmp_path):
+  read_samples = vlm.beside("samples").read
+  names = [f"{i}.png" for i in range(10)]
+  for kind in ("lines", "table", "labels"):
+    write_pictures(tmp_path / kind, names if kind != "labels" else [f"{'cat' if i < 4 else 'dog'}/{i}.png" for i in range(10)])
+  lines = [json.dumps({"image": name, "prefix": "what?", "suffix": f"it, {name}"}) for name in names]
+  (tmp_path / "lines" / "data.jsonl").write_text("\n".join(lines))
+  (tmp_path / "table" / "captions.csv").write_text("image,caption\n" + "".join(f'{name},"it, {name}"\n' for name in names))
+  assert read_samples(tmp_path / "lines") == [(tmp_path / "lines" / name, "what?", f"it, {name}") for name in names]
+  assert read_samples(tmp_path / "table") == [(tmp_path / "table" / name, "caption en", f"it, {name}") for name in names]
+  labels = read_samples(tmp_path / "labels")
+  assert [answer for *_, answer in labels] == ["cat"] * 4 + ["dog"] * 6 and labels[0][0] == tmp_path / "labels/cat/0.png"
+  for file, text, words in (("lines/data.jsonl", '{"image": "0.png"}', ["line 1", "prefix"]),
+                            ("lines/data.jsonl", "\n".join(lines[:3] + ['{"image": 5, "prefix": "a", "suffix": "b"}']), ["line 4"]),
+                            ("lines/data.jsonl", lines[0].replace("0.png", "none.png", 1), ["line 1", "none.png: no such"]),
+                            ("lines/data.jsonl", lines[0], ["1 pictures", "at least 10"]),
+                            ("table/captions.csv", "0.png,a,b", ["line 1", "3 columns"]),
+                            ("table/captions.csv", "0.png,", ["line 1", "empty"])):
+    (tmp_path / file).write_text(text)
+    with pytest.raises(vlm.Fault) as fault:
+      read_samples((tmp_path / file).parent)
+    assert all(word in str(fault.value) for word in words), str(fault.value)
+  with pytest.raises(vlm.Fault, match="no such folder"):
+    read_samples(tmp_path / "none")
+
+def test_train_options(refused, pictures, tmp_path):
+  for words in (("--train", "--json"), ("--train", "--weights", "toy"), ("--train", "--seed", 3), ("--steps", 3),
+                ("--save", "x"), ("--train", "--temperature", 1), ("--train", "--out", "x.png")):
+    refused("--train", *(() if "--train" in words else (pictures["rgb"], "caption en")), *words)
+  refused("one folder", "--train", "a", "b")
+  refused("no such folder", "--train", "none", "--save", "new")
+  refused("at least 1", "--train", "--steps", 0, "--save", "new")
+  (tmp_path / "full").mkdir()
+  (tmp_path / "full" / "mine.txt").touch()
+  refused("not empty", "--train", "--save", "full", "--steps", 2)
+  assert not (tmp_path / "new").exists() and [p.name for p in (tmp_path / "full").iterdir()] == ["mine.txt"]
+
+@pytest.mark.long
+def test_ctrl_c_saves_what_was_learnt(tmp_path):
+  write_pictures(tmp_path / "photos", [f"{label}/{i}.png" for label in ("cat", "dog") for i in range(6)])
+  command = [sys.executable, ROOT / "vlm.py", "--train", tmp_path / "photos", "--save", tmp_path / "mine"]
+  with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
+    said = [next(run.stderr)]
+    assert "12 pictures: 1000 steps" in said[0]  # before anything slow
+    while "loss" not in said[-1]:
+      said.append(next(run.stderr))
+    run.send_signal(signal.SIGINT)
+    rest = run.stderr.read()
+  assert run.returncode == 0 and "Traceback" not in rest and "2 pictures that it has not seen" in rest
+  assert {path.name for path in (tmp_path / "mine").iterdir()} == {
+    "config.json", "model.safetensors", "tokenizer.model", "loss.csv", "loss.png"}
+  answer, = vlm.load(tmp_path / "mine").generate([tmp_path / "photos/cat/0.png"], ["caption en"], max_tokens=4)
+  assert isinstance(answer.text, str)
 
 # ---- live: transformers itself, with new seeds and sizes at every run ----
 @pytest.fixture(scope="session")

@@ -30,13 +30,13 @@ class StreamHandler(logging.Handler):
   def emit(self, record):
     text, terminal, now = record.getMessage(), sys.stderr.isatty(), time.monotonic()
     done, total, *_ = (record.args or (0, 0))
-    if done == 1:
+    if done <= 2:  # until then it was compiled
       self.start = now
     if total:
       if now < self.shown + (0.1 if terminal else 2) and not (terminal and done in (1, total)):
         return  # a line every two seconds, where each stays
-      self.shown, left = now, (now - self.start) / max(done - 1, 1) * (total - done)
-      text = f"[{'#' * (20 * done // total):20}] {text}" + (f", {left:.0f} s left" if done > 1 else "")
+      self.shown, left = now, (now - self.start) / max(done - 2, 1) * (total - done)
+      text = f"[{'#' * (20 * done // total):20}] {text}" + (f", {left:.0f} s left" if done > 2 else "")
     if record.levelno > logging.DEBUG or total and not terminal:
       print(f"\r\033[K{text}" if terminal else text, file=sys.stderr, flush=True)
     elif terminal:
@@ -139,7 +139,7 @@ class Losses(logging.Handler):
     self.folder, self.losses, self.written = folder, [], time.monotonic()
 
   def emit(self, record):
-    if record.levelno > logging.DEBUG or len(record.args) < 3:
+    if record.levelno > logging.DEBUG or len(record.args) < 3 or isinstance(record.args[2], str):
       return
     step, steps, loss = record.args
     self.losses.append((step, loss))
