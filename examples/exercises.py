@@ -1,8 +1,8 @@
 """The checks of the exercises in tour.ipynb and solutions.ipynb, one for each exercise.
 
-A check takes the learner's function, compares it with what vlm.py itself computes, and prints one line: "right", or
-"not yet:" and what is wrong. It never raises, so that a notebook with open exercises runs to its end. Everything that a
-learner writes is numpy; SLIPS are the usual mistakes, which a check knows by name.
+A check takes the learner's function, compares it with what vlm.py itself computes, and prints one line: "right",
+or "not yet:" and what is wrong. It never raises, so that a notebook with open exercises runs to its end. All that
+a learner writes is numpy. SLIPS are usual mistakes, which a check can tell from others.
 """
 import functools
 import sys
@@ -14,7 +14,8 @@ from tinygrad import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vlm.py, wherever this is started from
 import vlm
 
-CHECKS, SLIPS = [], {}  # the checks in the order of the exercises; {name of a check: {what is wrong: wrong function}}
+CHECKS = []  # in the order of the exercises
+SLIPS = {}   # {name of a check: {what is wrong: a function with that mistake}}
 
 class NotYet(Exception):
   """Its text is what a learner reads after "not yet:"."""
@@ -149,7 +150,8 @@ slip("check_mask", "this is the causal mask; the tokens of the prefix must all s
   lambda start, n: np.tri(n, dtype=bool))
 slip("check_mask", "everybody sees everything; a token of the answer must not see a later one")(
   lambda start, n: np.ones((n, n), bool))
-slip("check_mask", "True and False are exchanged")(lambda start, n: ~(np.tri(n, dtype=bool) | (np.arange(n) < start)))
+slip("check_mask", "True and False are exchanged")(
+  lambda start, n: ~(np.tri(n, dtype=bool) | (np.arange(n) < start)))
 slip("check_mask", "the first token of the answer must not be seen by the prefix")(
   lambda start, n: np.tri(n, dtype=bool) | (np.arange(n) <= start))
 slip("check_mask", "a token must see itself")(
@@ -173,7 +175,8 @@ slip("check_rms_norm", "the factor is 1 + weight, not weight")(
   lambda x, weight, eps: x / np.sqrt(_mean_square(x) + eps) * weight)
 slip("check_rms_norm", "weight is not used")(lambda x, weight, eps: x / np.sqrt(_mean_square(x) + eps))
 slip("check_rms_norm", "this is LayerNorm: the mean must not be subtracted")(
-  lambda x, weight, eps: (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps) * (1 + weight))
+  lambda x, weight, eps: (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps)
+  * (1 + weight))
 slip("check_rms_norm", "the squares are added up; it should be their mean")(
   lambda x, weight, eps: x / np.sqrt((x ** 2).sum(-1, keepdims=True) + eps) * (1 + weight))
 slip("check_rms_norm", "each row has a mean of its own; this one is of all rows")(
@@ -194,14 +197,16 @@ def check_sampling(mine):
   """mine(logits, temperature, top_k, top_p) -> the probabilities (V,) from which the token is drawn."""
   rng = np.random.default_rng(5)
   logits = (2 * rng.standard_normal(12)).astype(np.float32)
-  cases = ((1.0, 0, 1.0), (2.0, 0, 1.0), (1.0, 4, 1.0), (1.0, 0, 0.7), (2.0, 0, 0.7), (0.5, 0, 0.9), (1.5, 5, 0.8))
+  cases = ((1.0, 0, 1.0), (2.0, 0, 1.0), (1.0, 4, 1.0), (1.0, 0, 0.7), (2.0, 0, 0.7), (0.5, 0, 0.9),
+           (1.5, 5, 0.8))
   for temperature, top_k, top_p in cases:
     listener = Listener()
     vlm.Sampling(temperature=temperature, top_k=top_k, top_p=top_p).draw(logits, listener)
     compare("check_sampling", mine, listener.p, (logits, temperature, top_k, top_p))
   compare("check_sampling", mine, [0, 1, 0], (np.array([0, 2000, 100], np.float32), 1.0, 0, 1.0))
 
-def _sampling(logits, temperature, top_k, top_p, order="temperature, k, p", again=True, times=False, less=False):
+def _sampling(logits, temperature, top_k, top_p, order="temperature, k, p", again=True, times=False,
+              less=False):
   x = np.asarray(logits, np.float64)
   if order.startswith("temperature"):
     x = x * temperature if times else x / temperature
@@ -228,7 +233,7 @@ for what, options in {
 # ---- 6. The cache ----
 @check
 def check_cache(mine):
-  """mine(cache, start, seen, new): cache (B, K, C, d) is changed; new (B, K, T, d) -> the first `seen` slots."""
+  """mine(cache, start, seen, new): new (B, K, T, d) goes into cache (B, K, C, d) -> the first `seen` slots."""
   rng = np.random.default_rng(6)
   B, K, C, d = 2, 2, 8, 4
   c = vlm.TextConfig(8, 1, 8, num_key_value_heads=K, head_dim=d)
@@ -247,7 +252,7 @@ def check_cache(mine):
     if np.array_equal(cache, before):
       raise NotYet("the cache is as it was before; write into it, do not make another array")
     if not np.array_equal(cache, kept):
-      raise NotYet(f"of the cache, slots {start} to {start + T - 1} must be the new ones, and no other slot may change")
+      raise NotYet(f"slots {start} to {start + T - 1} of the cache must be the new ones, and no other may change")
     if not np.array_equal(found, right):
       raise NotYet("the cache is right, but what is returned are not its first slots")
 
@@ -257,7 +262,8 @@ def check_boxes(mine):
   """mine(text, width, height) -> [(label, (x1, y1, x2, y2)), ...] in pixels."""
   two = "<loc0100><loc0200><loc0300><loc0400> red circle ; <loc0000><loc0000><loc1023><loc1023> star"
   mask = "<loc0010><loc0020><loc0030><loc0040>" + "".join(f"<seg{i:03d}>" for i in range(16)) + " square"
-  for text in ("<loc0256><loc0128><loc0768><loc1023> cat", two, mask, "a red circle", "<loc0001><loc0002> star"):
+  none = "a red circle", "<loc0001><loc0002> star"
+  for text in ("<loc0256><loc0128><loc0768><loc1023> cat", two, mask, *none):
     right = [(box.label, box.box) for box in vlm.parse_boxes(text, 1000, 600)]
     found = mine(text, 1000, 600)
     if found is None:
@@ -270,10 +276,10 @@ def check_boxes(mine):
         raise NotYet(f"the label of {text!r} is {name!r}, not {label!r}")
       if not np.allclose(box, place, atol=0.02):
         x1, y1, x2, y2 = place
-        wrong = {(y1 / .6, x1 * .6, y2 / .6, x2 * .6): "the first number is y1 and the second x1, not x before y",
+        wrong = {(y1 / .6, x1 * .6, y2 / .6, x2 * .6): "the first number is y1, the second x1: y before x",
                  tuple(v * 1023 / 1024 for v in place): "the numbers are 1023rds of the sides, not 1024ths",
                  (x1 * .6, y1 / .6, x2 * .6, y2 / .6): "x belongs to the width, y to the height",
-                 (x1 / 1000, y1 / 600, x2 / 1000, y2 / 600): "the box should be in pixels, not in parts of the side"}
+                 (x1 / 1000, y1 / 600, x2 / 1000, y2 / 600): "the box should be in pixels, not parts of a side"}
         known = [what for slip, what in wrong.items() if np.allclose(box, slip, atol=0.002)]
         rounded = tuple(round(v, 1) for v in place)
         raise NotYet(known[0] if known else f"the box of {text!r} is {rounded}, not {box}")
@@ -281,7 +287,7 @@ def check_boxes(mine):
 # ---- 8. The loss ----
 @check
 def check_loss(mine):
-  """mine(logits, labels): logits (B, T, V), labels (B, T), -1 where none is learnt -> the mean of the others."""
+  """mine(logits, labels): logits (B, T, V), labels (B, T), -1 where none is learnt -> the mean of the rest."""
   rng = np.random.default_rng(8)
   for size in (1, 3, 300):  # exp(300) is beyond float32
     logits = (size * rng.standard_normal((3, 5, 7))).astype(np.float32)
@@ -301,7 +307,8 @@ def _terms(logits, labels):
 
 slip("check_loss", "the mean must be of the learnt tokens only; this one counts all")(
   lambda logits, labels: _terms(logits, labels)[0].mean())
-slip("check_loss", "labels of -1 must not be learnt")(lambda logits, labels: _terms(logits, labels % 7)[0].mean())
+slip("check_loss", "labels of -1 must not be learnt")(
+  lambda logits, labels: _terms(logits, labels % 7)[0].mean())
 slip("check_loss", "the sum must be divided by the number of learnt tokens")(
   lambda logits, labels: _terms(logits, labels)[0].sum())
 slip("check_loss", "the sign is wrong: the loss is minus the logarithm")(
