@@ -1,8 +1,8 @@
 """The checks of the exercises in tour.ipynb and solutions.ipynb, one for each exercise.
 
-A check takes the learner's function, compares it with what vlm.py itself computes, and prints one line: "right",
-or "not yet:" and what is wrong. It never raises, so that a notebook with open exercises runs to its end. All that
-a learner writes is numpy. SLIPS are usual mistakes, which a check can tell from others.
+A check takes the learner's function, compares it with what vlm.py itself computes, and prints one line:
+"right", or "not yet:" and what is wrong. It never raises, so that a notebook with open exercises runs to its
+end. All that a learner writes is numpy. SLIPS are usual mistakes, which a check can tell from others.
 """
 import functools
 import sys
@@ -233,7 +233,7 @@ for what, options in {
 # ---- 6. The cache ----
 @check
 def check_cache(mine):
-  """mine(cache, start, seen, new): new (B, K, T, d) goes into cache (B, K, C, d) -> the first `seen` slots."""
+  """mine(cache, start, seen, new): new (B, K, T, d) into cache (B, K, C, d) -> its first `seen` slots."""
   rng = np.random.default_rng(6)
   B, K, C, d = 2, 2, 8, 4
   c = vlm.TextConfig(8, 1, 8, num_key_value_heads=K, head_dim=d)
@@ -252,7 +252,7 @@ def check_cache(mine):
     if np.array_equal(cache, before):
       raise NotYet("the cache is as it was before; write into it, do not make another array")
     if not np.array_equal(cache, kept):
-      raise NotYet(f"slots {start} to {start + T - 1} of the cache must be the new ones, and no other may change")
+      raise NotYet(f"slots {start} to {start + T - 1} of the cache must be the new ones, all others stay")
     if not np.array_equal(found, right):
       raise NotYet("the cache is right, but what is returned are not its first slots")
 
@@ -279,7 +279,7 @@ def check_boxes(mine):
         wrong = {(y1 / .6, x1 * .6, y2 / .6, x2 * .6): "the first number is y1, the second x1: y before x",
                  tuple(v * 1023 / 1024 for v in place): "the numbers are 1023rds of the sides, not 1024ths",
                  (x1 * .6, y1 / .6, x2 * .6, y2 / .6): "x belongs to the width, y to the height",
-                 (x1 / 1000, y1 / 600, x2 / 1000, y2 / 600): "the box should be in pixels, not parts of a side"}
+                 (x1 / 1000, y1 / 600, x2 / 1000, y2 / 600): "the box should be in pixels"}
         known = [what for slip, what in wrong.items() if np.allclose(box, slip, atol=0.002)]
         rounded = tuple(round(v, 1) for v in place)
         raise NotYet(known[0] if known else f"the box of {text!r} is {rounded}, not {box}")
@@ -287,7 +287,7 @@ def check_boxes(mine):
 # ---- 8. The loss ----
 @check
 def check_loss(mine):
-  """mine(logits, labels): logits (B, T, V), labels (B, T), -1 where none is learnt -> the mean of the rest."""
+  """mine(logits, labels): logits (B, T, V), labels (B, T), -1 where none is learnt -> mean of the rest."""
   rng = np.random.default_rng(8)
   for size in (1, 3, 300):  # exp(300) is beyond float32
     logits = (size * rng.standard_normal((3, 5, 7))).astype(np.float32)
