@@ -6,6 +6,7 @@ follow them in the embedding table. big_vision's own file holds them as pieces. 
 import codecs
 import os
 import re
+import string
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,7 +89,8 @@ class Tokenizer:
 
 def learn_characters(samples, folder):
   """The characters of [(picture, question, answer)], each a piece, as in makemore -> Tokenizer, written into a new
-  folder as its tokenizer.model. Raises Fault."""
+  folder as its tokenizer.model. ASCII is always there, so that the model can be asked, and taught, other texts.
+  Raises Fault."""
   path = Path(folder) / "tokenizer.model"
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +101,7 @@ def learn_characters(samples, folder):
         sentence_iterator=(text for _, *texts in samples for text in texts), model_writer=file, model_type="char",
         vocab_size=100000, hard_vocab_limit=False, character_coverage=1.0, normalization_rule_name="identity",
         add_dummy_prefix=False, remove_extra_whitespaces=False, user_defined_symbols=["\n"], minloglevel=2, pad_id=0,
-        eos_id=1, bos_id=2, unk_id=3, pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>", unk_piece="<unk>")
+        required_chars=string.ascii_letters + string.digits + string.punctuation, eos_id=1, bos_id=2, unk_id=3, pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>", unk_piece="<unk>")
   except OSError as e:
     raise Fault(f"{folder}: {e.strerror}; choose another --save", code=1) from None
   return Tokenizer(path)

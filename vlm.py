@@ -9,7 +9,7 @@
 Letters: B batch, S image side, P image tokens (patches), T text tokens, C context (slots of the KV cache),
 H heads, K key/value heads, d head size, D width, V vocabulary; v SigLIP's. A Linear weight is (out, in), as
 in the files. Sections 1 to 5 are the model, 6 to 12 what it takes to use it.
-Papers: PaliGemma arxiv.org/abs/2407.07726, PaliGemma 2 arxiv.org/abs/2412.03555.
+Papers: PaliGemma arxiv.org/abs/2407.07726 and 2412.03555, Gemma 2403.08295 and 2408.00118, SigLIP 2303.15343.
 """
 import argparse
 import functools
@@ -21,10 +21,10 @@ import os
 import re
 import shutil
 import sys
-import time
 from collections import namedtuple
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from time import perf_counter
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -64,7 +64,6 @@ class TextConfig:
   num_key_value_heads: int = 1         # K
   head_dim: int = 256                  # d
   vocab_size: int = 257216             # V
-  sliding_window: int = 4096           # of every other layer of Gemma 2
   max_position_embeddings: int = 8192  # the largest C
   rope_theta: float = 10000.0
   rms_norm_eps: float = 1e-6
@@ -74,11 +73,12 @@ class TextConfig:
   hidden_activation: str = "gelu_pytorch_tanh"
   rope_type: str = "default"
   model_type: str = "gemma"
-  gemma2 = False
+  gemma2, sliding_window = False, 10 ** 9
 
 @dataclass(frozen=True)
 class Gemma2Config(TextConfig):
   gemma2 = True
+  sliding_window: int = 4096           # how far every other layer sees
   num_key_value_heads: int = 4
   attn_logit_softcapping: float = 50.0
   final_logit_softcapping: float = 30.0
@@ -489,15 +489,15 @@ class VLM:
     T = min(max(8, 1 << (longest - 1).bit_length()), room)  # 8, 16, 32, ...: few programs, few wasted rows
     C = P + T + max_tokens
     C += min(-C % 256, room - T)  # in steps of 256: seldom another program
-    start = time.perf_counter()
+    start = perf_counter()
     image = np.concatenate([self.vision(image)[1] for row in images for image in row])
-    seen = time.perf_counter()
+    seen = perf_counter()
     ids = np.array([[0] * (T - len(prompt)) + prompt for prompt in prompts])
     positions = layout([len(prompt) for prompt in prompts], P, T, C)
     image = upload(image.reshape(len(images), P, -1), self.device)
     token, logits = self.prefill(image, ids, positions)
     token = token.numpy()
-    self.timings |= {"vision_s": seen - start, "prefill_s": time.perf_counter() - seen, "decode_tok_s": 0.0}
+    self.timings |= {"vision_s": seen - start, "prefill_s": perf_counter() - seen, "decode_tok_s": 0.0}
     return token, logits, positions, P + T
   def tokens(self, images, prompts, **options):
     """Lists of B images and B prompts, options of Sampling -> for each step a list of B token ids, None in
@@ -509,12 +509,12 @@ class VLM:
     log.debug("")  # clears the line that the answer is about to be on
     positions = upload(positions, self.device)
     rngs = [np.random.default_rng(sampling.seed) for _ in prompts]  # alike: a row draws what it would alone
-    ended, start = np.zeros(len(prompts), bool), time.perf_counter()
+    ended, start = np.zeros(len(prompts), bool), perf_counter()
     for step in range(sampling.max_tokens):
       if step:
         token, logits = self.decode(token, slot + step - 1, positions)
         token = token.numpy()
-        self.timings["decode_tok_s"] = step / (time.perf_counter() - start)
+        self.timings["decode_tok_s"] = step / (perf_counter() - start)
       if (token < 0).any():
         raise Fault("the logits are NaN: the weights are damaged, or too large for their number type", code=1)
       if sampling.temperature > 0:
@@ -668,14 +668,14 @@ def find_device(name):
 def load(folder, device=None, place=upload):
   """A PaliGemma folder (config.json, *.safetensors, tokenizer.model) -> VLM. place: what makes arrays into
   tensors, see examples/shard.py. Raises Fault."""
-  start, folder = time.perf_counter(), Path(folder)
+  start, folder = perf_counter(), Path(folder)
   config, tokenizer = read_config(folder / "config.json"), Tokenizer(folder / "tokenizer.model")
   if max(tokenizer.model.get_piece_size(), tokenizer.ids["<seg127>"]) >= config.text.vocab_size:
     raise Fault(f"{folder}: the tokenizer has more pieces than the embedding has rows; take this model's own")
   device, arrays = find_device(device), read_weights(folder)
   model = VLM(assemble(config, arrays, device, place), config, tokenizer, device, place)
   model.folder, model.arrays = folder, arrays  # a tensor over borrowed memory does not keep it alive
-  model.timings["load_s"] = time.perf_counter() - start
+  model.timings["load_s"] = perf_counter() - start
   return model
 
 # ---- 11. Training: a small PaliGemma from random weights ----
@@ -745,7 +745,7 @@ def train(folder, samples, steps, device):
     if t.ndim == 1:  # no bias, and norms that are the identity, as Gemma's are at zero
       value = np.full(t.shape, "vision" in name and "norm" in name and "weight" in name)
     t.replace(upload(value.astype(np.float32), device)).is_param_()
-  optimizer = AdamW([*weights.values()], b2=0.99)
+  optimizer = AdamW([*weights.values()])
   @TinyJit
   def step(*batch):
     optimizer.zero_grad()
@@ -761,9 +761,10 @@ def train(folder, samples, steps, device):
   except KeyboardInterrupt:  # what has been learnt so far is saved
     pass
   save_file({name: t.numpy() for name, t in weights.items()}, folder / "model.safetensors")
-  whole = {"model_type": "paligemma", "image_token_index": tokenizer.image, "projection_dim": 128,
-           "vision_config": asdict(config.vision), "text_config": asdict(config.text)}
-  (folder / "config.json").write_text(json.dumps(whole))
+  (folder / "config.json").write_text(json.dumps(
+    {"model_type": "paligemma", "image_token_index": tokenizer.image,
+     "projection_dim": config.text.hidden_size, "text_config": asdict(config.text),
+     "vision_config": asdict(config.vision) | {"vision_use_head": False}}))
   if terminal:
     terminal.trained(load(folder, device), samples)
 
@@ -774,7 +775,7 @@ def program(work):
     log.handlers = [(terminal or logging).StreamHandler()]
     log.setLevel("CRITICAL" if "--quiet" in (argv or sys.argv) else "DEBUG" if terminal else "INFO")
     try:
-      return work(argv)
+      return work(argv) or 0
     except Fault as e:
       log.critical(f"{Path(work.__code__.co_filename).stem}: {e}")
       return e.code
@@ -806,7 +807,7 @@ def open_model(args, place=upload):
   return model
 
 def ask(model, args, images, prompt):
-  """One question, as the command line answers it -> exit code."""
+  """One question, as the command line answers it."""
   pictures = [open_image(name) for name in images]
   for piece in model.stream(pictures, prompt, **sampling(args)):
     print("" if args.json else piece, end="", flush=True)
@@ -818,7 +819,6 @@ def ask(model, args, images, prompt):
     drawing.save(args, images)
   log.info(f"load {t['load_s']:.2f} s, vision {t['vision_s']:.2f} s, prefill {t['prefill_s']:.2f} s, "
            f"{t['decode_tok_s']:.1f} tok/s, {t['decode_tok_s'] * model.bytes / 1e9:.1f} GB/s")
-  return 0
 
 @program
 def main(argv):

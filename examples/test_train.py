@@ -433,6 +433,9 @@ def test_bad_lines_are_named(data, refused, tmp_path, capsys):
   assert "no usable line" in refused(*command, "--skip-bad")
   (data / "data.jsonl").unlink()
   assert "data.jsonl" in refused(*command)
+  Path(data / "captions.csv").write_text("".join(f"{i % 4}.png,picture {i}\n" for i in range(21)))
+  table = train.Folder(data, vlm.Tokenizer(TINY / "tokenizer.model"), config, 2, skip_bad=False)
+  assert len(table.examples) == 20 and [e[2] for e in table.held] == [["caption en", "picture 19"]]
 
 def test_every_epoch_shows_every_line(data):
   lines = [json.dumps({"image": "0.png", "prefix": str(i), "suffix": "y"}) for i in range(41)]
@@ -490,7 +493,34 @@ def test_training_goes_on_with_masks(tmp_path, monkeypatch):
   assert (tmp_path / "run" / "vae-oid.npz").read_bytes() == (TOY / "vae-oid.npz").read_bytes()
   assert any(prefix.startswith("segment ") and suffix.count("<seg") == 16 for prefix, suffix in asked)
 
-# ---- live: transformers itself ----
+# ---- live: photographs, transformers itself ----
+def test_live_photographs(tmp_path):
+  """20 photographs of scikit-image with captions: a new small model, and then the same one taught another question."""
+  if os.environ.get("VLM_LIVE"):  # CI, which must not skip
+    importlib.import_module("skimage")
+  skimage = pytest.importorskip("skimage", reason="needs scikit-image's photographs: see .ci/run")
+  names = ("coffee.png camera.png chessboard_RGB.png astronaut.png color.png gravel.png brick.png logo.png text.png page.png "
+           "motorcycle_left.png hubble_deep_field.jpg moon.png grass.png retina.jpg ihc.png cell.png rocket.jpg horse.png "
+           "chelsea.png coins.png").split()
+  photos = Path(skimage.__file__).parent / "data"
+  (tmp_path / "photos").mkdir()
+  for name in names:
+    shutil.copy(photos / name, tmp_path / "photos")
+  table = [(name, f"a photo, {Path(name).stem.replace('_', ' ')}") for name in names]
+  (tmp_path / "photos" / "captions.csv").write_text("".join(f'{name},"{text}"\n' for name, text in table))
+  new, tuned = tmp_path / "new", tmp_path / "tuned"
+  assert vlm.main(["--train", str(tmp_path / "photos"), "--steps", "160", "--save", str(new)]) == 0
+
+  def right(folder, question, texts):
+    answers = vlm.load(folder).generate([tmp_path / "photos" / name for name in names], [question] * len(names), max_tokens=48)
+    return sum(answer.text == text for answer, text in zip(answers, texts))
+  assert right(new, "caption en", [text for _, text in table]) >= 16  # of the 18 it was shown
+  lines = [{"image": name, "prefix": "what?", "suffix": Path(name).stem} for name in names]
+  (tmp_path / "photos" / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+  assert train.main([str(tmp_path / "photos"), "--init", str(new), "--steps", "160", "--save", str(tuned)]) == 0
+  assert right(tuned, "what?", [Path(name).stem for name in names]) >= 18
+
+
 def same_answers(folder, count=20):
   import golden
   reference, model = golden.load(folder), vlm.load(folder)

@@ -27,6 +27,7 @@ from tinygrad.nn.state import get_state_dict
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vlm.py, wherever this is started from
 import codebook
 import checkpoint
+import samples
 import shapes
 import vlm
 from tokenizer import CODES, LOC, Tokenizer
@@ -81,7 +82,7 @@ def waves(position, width, most):
 
 # --train-only: which weights move; attention is big_vision's own recipe
 PARTS = {"all": "", "projector": r"multi_modal_projector\.", "attention": r"language_model.*self_attn\.",
-         "language": r"language_model\."}
+         "language": r"language_model\.", "decoder": r"(multi_modal_projector|language_model)\."}
 
 class Trainer:
   """AdamW on the weights whose names match `part` (a key of PARTS), in one compiled step; the rest has no
@@ -188,18 +189,19 @@ def longest(tokenizer):
   return -(-max(sum(map(len, tokenize(tokenizer, *question))) for question in questions) // 4) * 4
 
 class Folder:
-  """The lines of DATA/data.jsonl, one in twenty of them held out. Raises Fault for bad lines, all at once,
-  unless they are to be skipped."""
+  """The pictures and texts of a folder, see samples.py; one in twenty is held out. Raises Fault for bad lines of a
+  data.jsonl, all at once, unless they are to be skipped."""
   def __init__(self, folder, tokenizer, config, rows, skip_bad):
     self.folder, self.config, self.rows, examples, bad = Path(folder), config, rows, [], []
     path = self.folder / "data.jsonl"
-    try:
+    if path.exists():
       lines = path.read_bytes().split(b"\n")
-    except OSError as e:
-      raise Fault(f"{path}: {e.strerror}; a data folder holds pictures and a data.jsonl") from None
+    else:
+      lines = [json.dumps({"image": str(image.relative_to(self.folder)), "prefix": question, "suffix": answer})
+               for image, question, answer in samples.read(folder)]
     for number, line in enumerate(lines, 1):
       if line.strip():
-        vlm.terminal.bar(number, len(lines), f"lines of {path} checked")
+        vlm.terminal.bar(number, len(lines), f"lines of {folder} checked")
         try:
           examples.append(self.check(line, tokenizer))
         except Fault as e:
@@ -209,7 +211,7 @@ class Folder:
       raise Fault(f"{path}: {len(bad)} bad lines (--skip-bad leaves them out): {vlm.terminal.some(bad, most=5)}")
     if not examples:
       raise Fault(f"{path} has no usable line" + (f"; {bad[0]}" if bad else ""))
-    self.found = f"{path}: {len(examples)} lines" + (f", {len(bad)} bad ones left out" if bad else "")
+    self.found = f"{folder}: {len(examples)} lines" + (f", {len(bad)} bad ones left out" if bad else "")
     self.text = -(-max(sum(map(len, ids)) for _, ids, _ in examples) // 8) * 8
     self.examples = [e for i, e in enumerate(examples) if i % 20 != 19]
     self.held = examples[19::20] or examples[:1]  # of fewer than 20 lines none can be spared
