@@ -1,6 +1,6 @@
 """An answer that is there already, drawn: the boxes and masks of a detect or segment answer on its picture.
 
-    python examples/draw_answer.py IMAGE "<loc0529><loc0451><loc0840><loc0700> red circle" OUT
+    python examples/draw_answer.py IMAGE "<loc0527><loc0488><loc0855><loc0735> red circle" OUT
 
 Masks are drawn with the vae-oid.npz of the checkpoint that --weights names, or else with that of weights/.
 """
