@@ -312,7 +312,7 @@ def trained(model, samples):
 
 def check(args, images, prompt):
   """What can be wrong with a command line, before the slow part. Raises Fault."""
-  if not args.temperature and args.given & {"--top-k", "--top-p", "--seed"}:
+  if args.given & {"--top-k", "--top-p", "--seed"} and not args.temperature:
     raise Fault("--top-k, --top-p and --seed choose among likely tokens: they need a --temperature above 0")
   order = "; pictures come first, then a prompt, with quotes around several words" if len(images) > 1 else ""
   for name in images:
