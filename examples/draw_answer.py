@@ -25,6 +25,7 @@ def main(argv):
   args = p.parse_args(argv)
   vlm.beside("draw").check_output(args.out, [args.image])
   folder = vlm.terminal.find_weights(args.weights, ROOT) if args.weights else ROOT / "weights"
+  vlm.terminal.check_picture(args.image)
   picture = vlm.open_image(args.image)
   answer = vlm.Answer(args.answer, [], vlm.parse_boxes(args.answer, *picture.size))
   device = vlm.find_device(None) if any(box.codes for box in answer.boxes) else None
