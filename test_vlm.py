@@ -942,7 +942,7 @@ def test_progress_on_a_terminal(pictures, monkeypatch, capsys, folder):
   terminal.isatty = lambda: True
   monkeypatch.setattr(sys, "stderr", terminal)
   assert vlm.main([str(pictures["rgb"]), "caption en", "--max-tokens", "3", "--weights", str(folder())]) == 0
-  assert all(f"\r\033[K{stage}" in terminal.getvalue() for stage in ("loading ", "looking", "reading"))
+  assert all(stage in terminal.getvalue() for stage in ("loading ", "looking", "reading"))
   assert "\033" not in capsys.readouterr().out
 
 @pytest.mark.quick

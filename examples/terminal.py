@@ -40,7 +40,7 @@ class StreamHandler(logging.Handler):
     atexit.register(self.end)  # of a program that Ctrl-C ends
     self.start = self.shown = time.monotonic()
     self.stage, self.began, self.told = "", 0.0, set()
-    self.bar = self.open = False  # is a bar under way; does a line wait for its seconds
+    self.bar = self.open = False  # is a bar under way; is the last line going to be cleared or ended
 
   def emit(self, record):
     text = record.getMessage()
@@ -68,6 +68,7 @@ class StreamHandler(logging.Handler):
     self.shown, left = now, (now - self.start) / max(done - 1, 1) * (total - done)
     text = f"[{'#' * (20 * done // total):20}] {text}" + (f", {left:.0f} s left" if done > 1 else "")
     print(text, end="" if terminal else "\n", file=sys.stderr, flush=True)
+    self.open = terminal
 
   def begin(self, stage):
     self.stage, self.began = stage, time.monotonic()
@@ -76,6 +77,7 @@ class StreamHandler(logging.Handler):
     if stage and sys.stderr.isatty():  # where the answer may be going to be on that line
       if stage != "answering" or not sys.stdout.isatty() or "--json" in sys.argv:
         print(stage, end="", file=sys.stderr, flush=True)
+        self.open = True
         threading.Thread(target=self.count, args=(self.began,), daemon=True).start()
     elif stage and new:
       self.open = stage != "answering"  # whose line is whole: the answer may go to the same file
@@ -92,11 +94,10 @@ class StreamHandler(logging.Handler):
         print(f"\r\033[K{self.stage}  {seconds:.0f} s", end="", file=sys.stderr, flush=True)
 
   def end(self):
-    """On a terminal the last line goes; elsewhere the one that waits for its seconds gets them."""
-    if sys.stderr.isatty():
-      print("\r\033[K", end="", file=sys.stderr, flush=True)
-    elif self.open:
-      print(f" {time.monotonic() - self.began:.1f} s", file=sys.stderr, flush=True)
+    """On a terminal the line of a stage or bar goes; elsewhere it gets its seconds."""
+    if self.open:
+      terminal, seconds = sys.stderr.isatty(), time.monotonic() - self.began
+      print("\r\033[K" if terminal else f" {seconds:.1f} s\n", end="", file=sys.stderr, flush=True)
     self.stage, self.began, self.open = "", 0.0, False
 
 

@@ -190,7 +190,8 @@ def test_colors_of_heat():
   assert middle.max() - middle.min() > 60
 
 def test_a_box_for_its_codes():
-  labels = ["<loc0512>", "<loc0000>", "<loc1023>", "<loc0256>", "red", "circle", ";", "<loc0100>", "on", "<0xC3>"]
+  labels = ["<loc0512>", "<loc0000>", "<loc1023>", "<loc0256>", "red", "circle", ";", "<loc0100>", "on",
+            "<0xC3>"]
   captions, marks = show.read_edges(labels, (200, 100))
   assert captions == ["top, y = 50", "left, x = 0", "bottom, y = 100", "right, x = 50", "red", "circle", ";",
                       "top, y = 10", "on", "<0xC3>"]
@@ -219,7 +220,8 @@ def test_grid():
   cells = np.asarray(sheet, float).mean(2).reshape(8, 96, 8, 128)[:, 4:-4, :, 4:-4]
   loud = np.abs(cells - 128).max((1, 3))
   assert np.unravel_index(loud.argmax(), loud.shape) == (1, 1)
-  assert 20 < loud[2, 4] < loud[1, 1] - 20 and np.sort(loud.ravel())[-3] < 1  # the farther the fainter, weak none
+  assert 20 < loud[2, 4] < loud[1, 1] - 20  # the farther, the fainter
+  assert np.sort(loud.ravel())[-3] < 1  # and what is weak not at all
   long = show.grid(picture, ["Donaudampfschifffahrtsgesellschaft日本語"] * 64, near)
   edges = np.asarray(long, float).mean(2).reshape(768, 8, 128)[:, :, -2:]
   assert np.abs(edges - 128).max() < 5  # none leaves its cell
