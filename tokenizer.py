@@ -4,13 +4,27 @@ A SentencePiece file from the hub holds only Gemma's base pieces; the 1024 <loc>
 follow them in the embedding table. big_vision's own file holds them as pieces. Both work: the file is asked first.
 """
 import codecs
+import importlib
 import os
 import re
 import string
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import sentencepiece
+ROOT = Path(__file__).resolve().parent
+MAIN = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve()
+
+try:
+  import sentencepiece
+  if "vlm" in sys.modules or MAIN == ROOT / "vlm.py":  # which begins with this file, so that this is said here
+    for name in ("numpy", "PIL", "safetensors", "tinygrad"):
+      importlib.import_module(name)
+except ModuleNotFoundError as e:
+  missing = f"{e.name} is not installed; install the requirements: python -m pip install -r requirements.txt"
+  if MAIN in (ROOT / "vlm.py", *ROOT.glob("examples/*.py")):  # started as a program: one line
+    sys.exit(f"{MAIN.stem}: {missing}")
+  raise ModuleNotFoundError(missing, name=e.name) from None
 
 LOC, SEG, CODES = 1024, 128, 16  # location and segmentation tokens of every PaliGemma, those of a mask
 SPECIAL = re.compile(r"<loc(?:0\d{3}|10[01]\d|102[0-3])>|<seg(?:0\d\d|1[01]\d|12[0-7])>")

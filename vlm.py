@@ -27,6 +27,7 @@ from pathlib import Path
 from time import perf_counter
 from types import ModuleType, SimpleNamespace
 
+from tokenizer import Fault, Tokenizer, learn_characters, parse_boxes  # says what is not installed
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 from safetensors import SafetensorError, safe_open
@@ -36,8 +37,6 @@ from tinygrad.dtype import truncate
 from tinygrad.helpers import DEV
 from tinygrad.nn.optim import AdamW
 from tinygrad.nn.state import get_state_dict
-
-from tokenizer import Fault, Tokenizer, learn_characters, parse_boxes
 
 # ---- 1. Config ----
 # The sizes of a model under the names of config.json, with the values of keys that published files leave out.
@@ -433,9 +432,9 @@ class VLM:
     self.timings = dict.fromkeys(("load_s", "vision_s", "prefill_s", "decode_tok_s"), 0.0)
   def _run(self, key, function, *inputs):
     # No function holds self: a garbage collection on one of tinygrad's threads would wait for itself forever.
+    if key[0] != "decode":  # by then the answer has begun, on the line that this would clear
+      log.debug(f"{key[0]}{', compiling, the first time only' * (key not in self.programs)}")
     if key not in self.programs:
-      if key[0] != "decode":  # by then the answer has begun, on the line that this would clear
-        log.debug(f"compiling {key[0]}, the first time only")
       self.programs[key] = capture(function, self.device, key, self.config)
     return self.programs[key](*inputs)
   def vision(self, image):
@@ -484,8 +483,9 @@ class VLM:
     P, longest = self.config.vision.patches * len(images[0]), max(map(len, prompts))
     room = self.config.text.max_position_embeddings - P - max_tokens
     if longest > room:
-      raise Fault(f"the prompt does not fit: it has {longest} tokens; {P} of the picture and {max_tokens} of "
-                  f"the answer leave room for {room}; shorten it or lower --max-tokens")
+      raise Fault(f"the prompt does not fit: it has {longest} tokens; {P} of the pictures and {max_tokens} "
+                  f"of the answer leave room for {room}; shorten it, lower --max-tokens, or ask about each "
+                  "picture by itself (examples/batch.py)")
     T = min(max(8, 1 << (longest - 1).bit_length()), room)  # 8, 16, 32, ...: few programs, few wasted rows
     C = P + T + max_tokens
     C += min(-C % 256, room - T)  # in steps of 256: seldom another program
@@ -812,7 +812,7 @@ def ask(model, args, images, prompt):
   for piece in model.stream(pictures, prompt, **sampling(args)):
     print("" if args.json else piece, end="", flush=True)
   answer, t = model.answered, model.timings
-  drawing = terminal and terminal.Drawing(pictures[0], answer.boxes, model.folder, model.device)
+  drawing = terminal and terminal.Drawing(pictures[0], answer, model.folder, model.device)
   boxes = drawing.entries if drawing else [asdict(box) for box in answer.boxes]
   print(json.dumps(answer._asdict() | {"boxes": boxes, "timings": t}) if args.json else "", flush=True)
   if drawing:

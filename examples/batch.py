@@ -231,8 +231,7 @@ class Job:
 
   def finish(self, row, answer):
     if isinstance(answer, Fault):
-      vlm.log.debug("")
-      print(f"batch: {self.args.list} line {row.number}: {' '.join(str(answer).split())}", file=sys.stderr)
+      vlm.log.critical(f"batch: {self.args.list} line {row.number}: {' '.join(str(answer).split())}")
       self.answers.write(row.line(error=str(answer)))
       self.bad += 1
     else:

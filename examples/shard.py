@@ -127,7 +127,7 @@ def main(argv):
   args.weights = vlm.terminal.find_weights(args.weights, ROOT)
   model = spread(vlm.open_model(args, placing(args.weights, devices)), devices)
   vlm.log.info(f"{memory(model) / 1e9:.3g} GB of weights on each of {len(devices)} devices")
-  return vlm.ask(model, args, args.images, args.prompt)
+  return vlm.ask(model, args, args.images, vlm.terminal.asked(args.prompt))
 
 
 if __name__ == "__main__":

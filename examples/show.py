@@ -2,12 +2,13 @@
 
     python examples/show.py attention IMAGE ... PROMPT [--layer N] [--out FILE]
         for each token of the answer, the picture lit where its attention over the image tokens went
-    python examples/show.py patches IMAGE ... [PROMPT --layer N] [--out FILE]
-        on each image token the word of the vocabulary that is nearest to it, or to what layer N takes from it
+    python examples/show.py patches IMAGE ... [PROMPT] [--layer N] [--out FILE]
+        on each image token the word of the vocabulary that is nearest to what a layer takes from it
     python examples/show.py eval [--scenes 200]
         does that mean anything, on the toy's scenes?
 """
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -23,8 +24,9 @@ from vlm import Fault
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUND = 16            # texts are padded to a multiple of this: answers of different lengths share programs
-NIGHT = (12, 16, 52)  # where nothing looks the picture fades to this blue: black would be like a dark photo
-SMALL, STRIP, CELL = 160, 1010, 64  # pixels: longer side of a token's picture, width of all, of a patch
+PANEL, STRIP, GRID = 400, 1240, 1024  # pixels: longer side of a token's picture, width of all, of all patches
+HEAT = [(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)]  # "inferno": ever lighter
+WEAK = .75  # of the largest cosine: words that are farther off are not shown
 
 
 # ---- 1. Attention ----
@@ -62,6 +64,7 @@ def watched_pass(model, images, prompts, answers, watch):
   ids, _, full, sliding, cos, sin = (vlm.upload(t, model.device) for t in sequence)
   features = np.concatenate([model.vision(image)[1] for row in rows for image in row])
   image = vlm.upload(features.reshape(len(rows), P, -1), model.device)
+  vlm.log.debug("watching the attention")
   plain = vlm.attention
   def watched(*args):
     watch(*args)
@@ -160,59 +163,128 @@ def shorten(draw, text, width, size):
   return text, font
 
 
+def heat_colors(heat):
+  """(..) from 0 to 1 -> (.., 3), darker to lighter."""
+  return np.stack([np.interp(heat, np.linspace(0, 1, len(HEAT)), channel) for channel in zip(*HEAT)], -1)
+
+
 def light(image, heat):
-  """The picture with heat (G, G) on it: as it is where that is 1, towards NIGHT where it is less. A frame
-  around the largest."""
+  """The picture, pale and dark, with heat (G, G) on it in colours. A frame around the largest."""
   g = len(heat)
-  shade = Image.fromarray(heat.astype(np.float32)).resize(image.size, Image.Resampling.BILINEAR)
-  shade = Image.fromarray((255 * (.12 + .88 * np.asarray(shade).clip(0, 1))).astype(np.uint8))
-  image = Image.composite(image, Image.new("RGB", image.size, NIGHT), shade)
+  spread = Image.fromarray(heat.astype(np.float32)).resize(image.size, Image.Resampling.BILINEAR)
+  spread = np.asarray(spread).clip(0, 1)[..., None]  # (H, W, 1)
+  pale = .25 * np.asarray(image, np.float32) + .25 * np.asarray(image.convert("L"), np.float32)[..., None]
+  share = .85 * spread ** .7  # what is half as much is still to be seen
+  image = Image.fromarray((pale * (1 - share) + heat_colors(spread[..., 0]) * share).astype(np.uint8))
   y, x = divmod(int(heat.argmax()), g)
   w, h = image.width / g, image.height / g
-  ImageDraw.Draw(image).rectangle((x * w, y * h, (x + 1) * w - 1, (y + 1) * h - 1), outline="white")
+  frame = x * w, y * h, (x + 1) * w - 1, (y + 1) * h - 1
+  ImageDraw.Draw(image).rectangle(frame, outline="white", width=2)
   return image
+
+
+EDGES = "top, y = ", "left, x = ", "bottom, y = ", "right, x = "
+
+
+def read_edges(labels, size):
+  """Labels of an answer's tokens and the picture's size -> captions, in which the four <loc> of a box are its
+  edges in pixels, and for each token what it stands for, as a box in shares of the picture's sides: an edge,
+  or in what follows the four the box; None where it is neither."""
+  captions, marks, edges = [], [], []
+  for text in labels:
+    mark, loc = None, re.fullmatch(r"<loc(\d{4})>", text)
+    if text == ";" or loc and len(edges) == 4:
+      edges = []
+    if loc:
+      value, along = int(loc[1]) / 1023, len(edges) % 2  # y before x
+      text = f"{EDGES[len(edges)]}{value * size[1 - along]:.0f}"
+      mark = (value, 0, value, 1) if along else (0, value, 1, value)
+      edges.append(value)
+    elif len(edges) == 4:
+      mark = edges[1], edges[0], edges[3], edges[2]
+    captions.append(text)
+    marks.append(mark)
+  return captions, marks
+
+
+def outline(image, mark):
+  """Draws a box that is given in shares of the picture's sides."""
+  x1, x2, y1, y2 = *sorted(mark[::2]), *sorted(mark[1::2])
+  w, h, draw = image.width - 1, image.height - 1, ImageDraw.Draw(image)
+  draw.rectangle((x1 * w - 1, y1 * h - 1, x2 * w + 1, y2 * h + 1), outline="black", width=3)
+  draw.rectangle((x1 * w, y1 * h, x2 * w, y2 * h), outline="#56b4e9")
+
+
+def titled(image, *lines):
+  """The picture under lines of text, the first of them larger."""
+  pen, fonts = ImageDraw.Draw(image), [ImageFont.load_default(size=20), ImageFont.load_default(size=15)]
+  fitted = []
+  for i, line in enumerate(map(plain, lines)):
+    words, row = line.split(" "), ""
+    for word in words:  # in as many rows as it takes
+      if row and pen.textlength(f"{row} {word}", font=fonts[i > 0]) > image.width - 16:
+        fitted.append((row, fonts[i > 0]))
+        row = word
+      else:
+        row = f"{row} {word}".strip()
+    fitted.append((row, fonts[i > 0]))
+  top = sum(font.size + 8 for _, font in fitted) + 8
+  sheet = Image.new("RGB", (image.width, image.height + round(top)), "white")
+  sheet.paste(image, (0, round(top)))
+  pen, y = ImageDraw.Draw(sheet), 8
+  for row, font in fitted:
+    pen.text((8, y), row, fill="black", font=font)
+    y += font.size + 8
+  return sheet
 
 
 def strip(pictures, maps, labels):
   """PIL images of one question, maps (N, P of them all) and N labels -> one picture: a cell for each token,
   as many rows as it takes. Under a cell: the token, and how much of its attention went to the pictures at
-  all."""
-  side, gap = round((maps.shape[1] / len(pictures)) ** .5), 6
-  small = [image.resize([max(1, round(s * SMALL / max(image.size))) for s in image.size],
+  all. What the <loc> tokens of a box say is drawn on the first picture."""
+  side, gap, below = round((maps.shape[1] / len(pictures)) ** .5), 10, 34
+  labels, marks = read_edges(labels, pictures[0].size)
+  small = [image.resize([max(1, round(s * PANEL / max(image.size))) for s in image.size],
                         Image.Resampling.LANCZOS) for image in pictures]
   width, height = sum(image.width for image in small), max(image.height for image in small)
   columns = max(1, min(len(labels), STRIP // (width + gap)))
-  size = columns * (width + gap) + gap, -(-len(labels) // columns) * (height + 22 + gap) + gap
+  size = columns * (width + gap) + gap, -(-len(labels) // columns) * (height + below + gap) + gap
   sheet = Image.new("RGB", size, "white")
-  pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
-  for i, (weights, text) in enumerate(zip(maps, labels)):  # of one token: (P,)
-    x, y = gap + i % columns * (width + gap), gap + i // columns * (height + 22 + gap)
-    text, large = shorten(pen, text, width - 36, 15)
-    pen.text((x + 2, y + height + 11), text, fill="black", font=large, anchor="lm")
+  pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=16)
+  for i, (weights, text, mark) in enumerate(zip(maps, labels, marks)):  # of one token: (P,)
+    x, y = gap + i % columns * (width + gap), gap + i // columns * (height + below + gap)
+    text, large = shorten(pen, text, width - 60, 22)
+    pen.text((x + 2, y + height + below / 2), text, fill="black", font=large, anchor="lm")
     percent = f"{100 * weights.sum():.0f} %"
-    pen.text((x + width, y + height + 11), percent, fill="#777777", font=font, anchor="rm")
+    pen.text((x + width, y + height + below / 2), percent, fill="#666666", font=font, anchor="rm")
     # Each to its own largest, or what is spread wide would not be seen; what is next to nothing stays dark.
     heats = weights / max(weights.max(), maps.max() / 4, 1e-30)
     for image, heat in zip(small, heats.reshape(len(small), side, side)):
-      sheet.paste(light(image, heat), (x, y))
+      panel = light(image, heat)
+      if mark and image is small[0]:
+        outline(panel, mark)
+      sheet.paste(panel, (x, y))
       x += image.width
   return sheet
 
 
 def grid(image, texts, near):
-  """PIL image and, for each image token, row by row, a text and its cosine -> a larger picture with all of
-  them on it, the farther the fainter."""
+  """PIL image and, for each image token, row by row, a text and its cosine -> a larger picture with them on
+  it, the farther the fainter, and none that is WEAK."""
   side = round(len(texts) ** .5)
-  w, h = CELL, max(18, round(CELL * image.height / image.width))
+  w = max(64, GRID // side)
+  h = max(18, round(w * image.height / image.width))
   image = image.resize((w * side, h * side), Image.Resampling.LANCZOS)
   lines = Image.new("RGBA", image.size)
-  pen = ImageDraw.Draw(lines)
+  pen, most = ImageDraw.Draw(lines), max(near.max(), 1e-30)
   for i, text in enumerate(texts):
-    x, y, alpha = i % side * w, i // side * h, round(255 * max(.2, near[i] / max(near.max(), 1e-30)))
+    x, y, share = i % side * w, i // side * h, near[i] / most
     pen.rectangle((x, y, x + w, y + h), outline="#80808080")
-    text, font = shorten(pen, plain(text), w - 6, 14)
-    pen.text((x + w / 2, y + h / 2), text, (255, 255, 255, alpha), font, "mm", stroke_width=1,
-             stroke_fill=(0, 0, 0, alpha))
+    if share >= WEAK:
+      alpha = round(255 * (.4 + .6 * (share - WEAK) / (1 - WEAK)))
+      text, font = shorten(pen, plain(text), w - 6, min(h - 4, max(14, w // 5)))
+      pen.text((x + w / 2, y + h / 2), text, (255, 255, 255, alpha), font, "mm", stroke_width=max(1, w // 64),
+               stroke_fill=(0, 0, 0, alpha))
   image.paste(lines, mask=lines)
   return image
 
@@ -350,36 +422,48 @@ def draw_attention(model, args, pictures, prompt):
   if not answer.tokens:
     return answer.text, None
   [maps] = attention_maps(model, [pictures], [prompt], [answer.tokens])
+  which = f"layer {args.layer}" if args.layer else "mean of all layers"
   maps = maps[args.layer - 1] if args.layer else maps.mean(0)
-  return answer.text, strip(pictures, maps, [label(model.tokenizer, id) for id in answer.tokens])
+  sheet = strip(pictures, maps, [label(model.tokenizer, id) for id in answer.tokens])
+  return answer.text, titled(sheet, f'"{prompt}": what each token of the answer looked at',
+                             f"{which}; the lighter, the more, and a frame around the most; "
+                             "% of its attention went to the picture, the rest to the text")
 
 
 def draw_patches(model, args, pictures, prompt):
-  """-> the picture."""
-  if args.layer:
-    features = contributions(model, [pictures], [prompt])[args.layer - 1][0]  # (P, D)
+  """-> the picture, and the layer, by default the one whose words are nearest on the whole."""
+  if args.layer == 0:
+    layers = {0: np.concatenate([model.vision(picture)[1] for picture in pictures])}  # (P, D)
   else:
-    features = np.concatenate([model.vision(picture)[1] for picture in pictures])
-  texts, near = nearest(model, features)
-  each = model.config.vision.patches
-  return side_by_side([grid(picture, texts[i * each:(i + 1) * each], near[i * each:(i + 1) * each])
-                       for i, picture in enumerate(pictures)])
+    taken = contributions(model, [pictures], [prompt])  # of each layer (1, P, D)
+    layers = {i: features[0] for i, features in enumerate(taken, 1) if args.layer in (None, i)}
+  vlm.log.debug("looking for the nearest words")
+  words = {layer: nearest(model, features) for layer, features in layers.items()}
+  layer = max(words, key=lambda layer: words[layer][1].mean())
+  (texts, near), each = words[layer], model.config.vision.patches
+  sheet = side_by_side([grid(picture, texts[i * each:(i + 1) * each], near[i * each:(i + 1) * each])
+                        for i, picture in enumerate(pictures)])
+  what = f'what layer {layer} takes from it, asked "{prompt}"' if layer else "it, projected"
+  weak = f"the fainter, the farther; none where it is less than {100 * WEAK:.0f} % as near as the nearest"
+  return titled(sheet, f"on each image token the word nearest to {what}", weak), layer
 
 
 def split_words(args):
-  """The words of a command line -> names of pictures, and the prompt or None. Raises Fault."""
-  *names, prompt = args.words if args.what == "attention" or args.layer else [*args.words, None]
-  if prompt is None and not os.path.isfile(names[-1]):
-    raise Fault(f"{names[-1]}: no such image; a prompt goes with --layer N, for without it nothing is asked")
-  if prompt is not None and (not names or os.path.isfile(prompt)):
+  """The words of a command line -> names of pictures, and the prompt. Raises Fault."""
+  *names, prompt = args.words
+  if args.what == "patches" and (not names or os.path.isfile(prompt)):
+    return args.words, "caption en"
+  if not names or os.path.isfile(prompt):
     raise Fault(f"what is asked? give a prompt after {prompt}")
   return names, prompt
 
 
 COMMANDS = {  # its words, what it does
   "attention": ("IMAGE ... PROMPT", "the picture for each token of the answer, lit where its attention went"),
-  "patches": ("IMAGE ... [PROMPT --layer N]", "on each image token the word whose embedding is nearest, or "
-              "nearest to what the attention of --layer takes from that token once the prompt is read")}
+  "patches": ("IMAGE ... [PROMPT]", "on each image token the word whose embedding is nearest to what a "
+              "layer's attention takes from that token once the prompt (caption en) is read")}
+LAYER = {"attention": "of that layer alone, 1 the first (default: the mean of all)",
+         "patches": "of that layer, 1 the first, 0 what goes into it (default: whose words are nearest)"}
 EVAL = "measures both on held-out scenes of examples/shapes.py, with weights/toy unless told otherwise"
 
 
@@ -389,7 +473,7 @@ def add_commands(p):
     command = commands.add_parser(what, usage=f"show.py {what} {words} [options]", description=does,
                                   help=does, allow_abbrev=False)
     command.add_argument("words", nargs="+", metavar="IMAGE ... PROMPT", help="pictures, then the prompt")
-    command.add_argument("--layer", type=int, metavar="N", help="of that layer alone, 1 the first")
+    command.add_argument("--layer", type=int, metavar="N", help=LAYER[what])
     command.add_argument("--out", metavar="FILE", help=f"what to write (default: IMAGE.{what}.png here)")
     vlm.add_arguments(command, answers=what == "attention")
   command = commands.add_parser("eval", description=EVAL, help=EVAL, allow_abbrev=False)
@@ -408,11 +492,12 @@ def main(argv):
       raise Fault("--scenes: at least 1")
     evaluate(vlm.open_model(args), args.scenes)
     return
-  if args.layer is not None and args.layer < 1:
+  if args.layer is not None and args.layer < (args.what == "attention"):
     raise Fault(f"--layer {args.layer}: the first layer is 1")
   names, prompt = split_words(args)
   args.out = f"{Path(names[0]).stem}.{args.what}.png" if args.out is None else args.out
   vlm.terminal.check(args, names, prompt)  # all that can be wrong, before the slow part
+  prompt = vlm.terminal.asked(prompt)
   if args.what == "attention":
     vlm.sampling(args)
   pictures, model = [vlm.open_image(name) for name in names], vlm.open_model(args)
@@ -423,7 +508,8 @@ def main(argv):
     vlm.log.debug("")
     print(text, flush=True)
   else:
-    picture = draw_patches(model, args, pictures, prompt)
+    picture, layer = draw_patches(model, args, pictures, prompt)
+    vlm.log.info(f"layer {layer}" if layer else "the projected image tokens")
   if picture is None:
     vlm.log.info(f"the answer is empty: {args.out} not written")
     return

@@ -1,10 +1,17 @@
-"""What a person at a terminal meets beyond the answer itself: what is being done, boxes and masks on the picture, one
-question after another, where a model is found, and what to type instead. Imports nothing of vlm, which hands over the
-model's folder and the answer."""
+"""What a person at a terminal meets beyond the answer itself: what is being done, boxes and masks on the
+picture, one question after another, where a model is found, and what to type instead. Imports nothing of vlm,
+which hands over the model's folder and the answer."""
 import argparse
+import atexit
+import contextlib
+import importlib
 import logging
 import os
+import re
+import shlex
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -14,33 +21,84 @@ from tokenizer import Fault
 
 log = logging.getLogger("vlm")
 MOVED = {"--init": "train", "--resume": "train", "--batch": "batch", "--batch-size": "batch",
-         "--show": "show", "--layer": "show", "--quantize": "quantize", "--save": "quantize", "--shard": "shard"}
+         "--show": "show", "--layer": "show", "--quantize": "quantize", "--save": "quantize",
+         "--shard": "shard"}
 
 
 # ---- 1. What is being done ----
 
 
+STAGES = {"vision": "looking", "prefill": "reading"}  # programs of vlm.py, as what a person waits for
+
+
 class StreamHandler(logging.Handler):
-  """What vlm logs, on stderr. Of debug, which tells what is being done, a terminal shows the last line only, with a bar
-  if its first two arguments are how many are done and how many there are."""
+  """What vlm logs, on stderr. Of debug, which tells what is being done, a terminal shows the last line only,
+  with its seconds; elsewhere each kind of work has one line, which its seconds end. A record whose first two
+  arguments are how many are done and how many there are is a bar, which the work for each leaves as it is."""
   def __init__(self):
     super().__init__()
+    atexit.register(self.end)  # of a program that Ctrl-C ends
     self.start = self.shown = time.monotonic()
+    self.stage, self.began, self.told = "", 0.0, set()
+    self.bar = self.open = False  # is a bar under way; is the last line going to be cleared or ended
 
   def emit(self, record):
-    text, terminal, now = record.getMessage(), sys.stderr.isatty(), time.monotonic()
-    done, total, *_ = (record.args or (0, 0))
+    text = record.getMessage()
+    done, total, *_ = (*(record.args or ()), 0, 0)
+    if total:
+      self.progress(text, done, total)
+    elif record.levelno > logging.DEBUG:
+      self.end()
+      self.bar = False
+      print(text, file=sys.stderr, flush=True)
+    elif not self.bar:
+      name, comma, more = text.partition(",")
+      answers = not text and self.stage.startswith("reading")
+      self.end()
+      self.begin("answering" if answers else STAGES.get(name, name) + comma + more)
+
+  def progress(self, text, done, total):
+    terminal, now = sys.stderr.isatty(), time.monotonic()
+    self.bar = done < total
     if done <= 2:  # until then it was compiled
       self.start = now
-    if total:
-      if now < self.shown + (0.1 if terminal else 2) and not (terminal and done in (1, total)):
-        return  # a line every two seconds, where each stays
-      self.shown, left = now, (now - self.start) / max(done - 2, 1) * (total - done)
-      text = f"[{'#' * (20 * done // total):20}] {text}" + (f", {left:.0f} s left" if done > 2 else "")
-    if record.levelno > logging.DEBUG or total and not terminal:
-      print(f"\r\033[K{text}" if terminal else text, file=sys.stderr, flush=True)
-    elif terminal:
-      print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+    if now < self.shown + (0.1 if terminal else 2) and not (terminal and done in (1, total)):
+      return  # a line every two seconds, where each stays
+    self.end()
+    self.shown, left = now, (now - self.start) / max(done - 2, 1) * (total - done)
+    text = f"[{'#' * (20 * done // total):20}] {text}" + (f", {left:.0f} s left" if done > 2 else "")
+    print(text, end="" if terminal else "\n", file=sys.stderr, flush=True)
+    self.open = terminal
+
+  def begin(self, stage):
+    self.stage, self.began = stage, time.monotonic()
+    new = stage not in self.told
+    self.told.add(stage)
+    if stage and sys.stderr.isatty():  # where the answer may be going to be on that line
+      if stage != "answering" or not sys.stdout.isatty() or "--json" in sys.argv:
+        print(stage, end="", file=sys.stderr, flush=True)
+        self.open = True
+        threading.Thread(target=self.count, args=(self.began,), daemon=True).start()
+    elif stage and new:
+      self.open = stage != "answering"  # whose line is whole: the answer may go to the same file
+      print(stage, end=" ..." if self.open else "\n", file=sys.stderr, flush=True)
+
+  def count(self, began):
+    """Each second how many have passed, until another stage begins."""
+    while True:
+      time.sleep(1 - (time.monotonic() - began) % 1)
+      with self.lock:
+        if self.began != began:
+          return
+        seconds = time.monotonic() - began
+        print(f"\r\033[K{self.stage}  {seconds:.0f} s", end="", file=sys.stderr, flush=True)
+
+  def end(self):
+    """On a terminal the line of a stage or bar goes; elsewhere it gets its seconds."""
+    if self.open:
+      terminal, seconds = sys.stderr.isatty(), time.monotonic() - self.began
+      print("\r\033[K" if terminal else f" {seconds:.1f} s\n", end="", file=sys.stderr, flush=True)
+    self.stage, self.began, self.open = "", 0.0, False
 
 
 def bar(done, total, text):
@@ -69,6 +127,7 @@ class ArgumentParser(argparse.ArgumentParser):
     args = super().parse_args(argv)
     words = sys.argv[1:] if argv is None else argv
     args.given = {word.partition("=")[0] for word in map(str, words) if word.startswith("--")}
+    args.drawn = []  # names of the pictures that were written, in a conversation more than one
     return args
 
 
@@ -76,40 +135,45 @@ SHIPPED = "toy", "tiny1", "tiny2", "tiny2-28b"
 
 
 def default_weights(root):
-  """The largest checkpoint under root/weights; what was downloaded or trained comes before what ships. Raises Fault."""
+  """The largest checkpoint under root/weights; what was downloaded or trained comes before what ships. Raises
+  Fault."""
   found = []
   for config in root.glob("weights/*/config.json"):
     size = sum(file.stat().st_size for file in config.parent.glob("*.safetensors"))
     if size:
       found.append((config.parent.name not in SHIPPED, size, config.parent))
   if not found:
-    raise Fault("no checkpoint under weights/; name one with --weights, or get one (README.md, A real photograph)")
+    raise Fault("no checkpoint under weights/; name one with --weights, or get one (README.md, A real "
+                "photograph)")
   return max(found)[-1]
 
 
 def find_weights(name, root):
-  """A folder, or a repository of the hub, looked for under root/weights and in Hugging Face's cache: what transformers
-  has downloaded need not be downloaded again -> folder. None: see default_weights. Raises Fault."""
+  """A folder, or a repository of the hub, looked for under root/weights and in Hugging Face's cache: what
+  transformers has downloaded need not be downloaded again -> folder. None: see default_weights. Raises
+  Fault."""
   if name is None:
     return default_weights(root)
   name, folder = str(name), Path(name)
   if name.endswith(".npz"):
     raise Fault(f"{name}: convert it once, python examples/big_vision.py {name} DIR, and name that folder")
   home = os.environ.get("HF_HOME") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
-  hub = Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser() / f"models--{name.replace('/', '--')}"
+  hub = Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser()
+  hub /= f"models--{name.replace('/', '--')}"
   main = hub / "refs" / "main"
   cached = hub / "snapshots" / (main.read_text().strip() if main.is_file() else "none")
   for place in (folder, root / "weights" / folder, root / "weights" / folder.name, cached):
     if name and place.exists():
       return place
-  get = (f"; accept its licence at huggingface.co/{name}, then: hf download {name} --local-dir weights/{folder.name}"
-         if name.count("/") == 1 else "")
+  get = (f"; accept its licence at huggingface.co/{name}, then: hf download {name} --local-dir "
+         f"weights/{folder.name}" if name.count("/") == 1 else "")
   raise Fault(f"{name}: no such folder, here, under weights/ or in Hugging Face's cache{get}")
 
 
 SAMPLING = {
-  "max_tokens": "longest answer (default: %(default)s)", "temperature": "0: always the likeliest token (default)",
-  "top_k": "sample from the N likeliest tokens", "top_p": "sample from the likeliest tokens, of mass N together",
+  "max_tokens": "longest answer (default: %(default)s)",
+  "temperature": "0: always the likeliest token (default)", "top_k": "sample from the N likeliest tokens",
+  "top_p": "sample from the likeliest tokens, of mass N together",
   "seed": "repeat a sample"}
 
 
@@ -121,15 +185,76 @@ def words(args, root):
   """What vlm.py was given -> [*images, prompt]; the prompt is None where it is asked for. Raises Fault."""
   training = args.given & {"--train", "--steps", "--save"}
   if training and training != args.given - {"--device", "--quiet"} or training and not args.train:
-    raise Fault("--train takes a folder, --steps, --save, --device and --quiet, and these three go with it only")
+    raise Fault("--train takes a folder, --steps, --save, --device and --quiet, and these three go with it "
+                "only")
   if args.train and len(args.words) > 1:
     raise Fault("--train takes one folder, or none")
   *images, prompt = args.words or [root / "examples" / "shapes.png", "caption en"]
-  if not images or os.path.isfile(prompt):
+  if not images or os.path.isfile(prompt) or prompt == "-":
     images, prompt = [*images, prompt], None
-  if not args.train:
-    check(args, images, prompt)
-  return [*images, prompt]
+  if args.train:
+    return [*images, prompt]
+  if prompt is None and len(images) == 1 and is_prompt(images[0]):
+    raise Fault(f'a picture is missing: vlm.py IMAGE "{images[0]}"')
+  if "-" in images:
+    images = standard_input(images, prompt)
+  check(args, images, prompt)
+  return [*images, prompt if prompt is None else asked(prompt)]
+
+
+TASKS = 'caption en, describe en, ocr, answer en QUESTION, detect A ; B, segment A'  # of mix checkpoints
+FIRST = "caption", "cap", "describe", "ocr", "answer", "question", "detect", "segment"
+
+
+def is_prompt(word):
+  """Whether what stands where a picture is expected is a question: no file, nor the mistyped name of one."""
+  known = word.split(" ")[0] in FIRST or " " in word and Path(word).suffix.lower() not in extensions()
+  return known and not os.path.exists(word) and "://" not in word
+
+
+def extensions():
+  return {".heic", ".heif", *Image.registered_extensions()}
+
+
+def asked(prompt):
+  """A prompt as it is going to be asked: the objects of a list are parted as in training, by " ; ", and all
+  else is as it was typed. A line says what may be wrong with it."""
+  task, _, objects = prompt.partition(" ")
+  if task in ("detect", "segment") and ";" in objects:
+    typed, names = prompt, [part.strip() for part in objects.split(";")]
+    prompt = f"{task} {' ; '.join(filter(None, names))}"
+    if prompt != typed:
+      log.info(f"asked as in training: {prompt}")
+  elif task not in FIRST:
+    log.info(f"mix checkpoints know {TASKS}; this is another prompt, and asked as it is")
+  return prompt
+
+
+def standard_input(images, prompt):
+  """The names of pictures, `-` replaced by a file with what standard input holds, since it is read more than
+  once. Raises Fault."""
+  if prompt is None or images.count("-") > 1:
+    raise Fault('"-" is one picture from standard input, and a prompt comes after it')
+  if sys.stdin.isatty():
+    raise Fault('"-" reads a picture from standard input, which is this terminal; pipe one into it')
+  folder = tempfile.TemporaryDirectory(prefix="vlm-")
+  atexit.register(folder.cleanup)
+  path = Path(folder.name) / "stdin"
+  path.write_bytes(sys.stdin.buffer.read())
+  return [str(path) if name == "-" else name for name in images]
+
+
+def check_picture(name, order=""):
+  """What can be said of a picture's name; then a HEIC file can be opened like any other. Raises Fault."""
+  if re.match(r"\w+://", str(name)):
+    raise Fault(f"{name} is an address; download it first: curl -LO {shlex.quote(str(name))}")
+  if not os.path.exists(name):
+    raise Fault(f"{name}: no such image{order}")
+  if Path(name).suffix.lower() in (".heic", ".heif"):
+    try:
+      importlib.import_module("pillow_heif").register_heif_opener()
+    except ImportError:
+      raise Fault(f"{name}: HEIC needs one more package: python -m pip install pillow-heif") from None
 
 
 class Losses(logging.Handler):
@@ -156,14 +281,14 @@ class Losses(logging.Handler):
 
 
 def samples(args):
-  """What --train is given to learn: [(picture, question, answer)], None if it is to draw that. Raises Fault."""
+  """What --train is given to learn: [(picture, question, answer)], None: what it draws. Raises Fault."""
   from . import samples
   if args.steps < 1:
     raise Fault("--steps: at least 1")
   found = samples.read(args.words[0]) if args.words else None
-  log.info(f"{args.save} is going to hold a small PaliGemma that learns, character by character, "
-           f"{f'{len(found)} pictures' if found else '4000 pictures of shapes that it draws'}: {args.steps} steps, after "
-           "compiling for half a minute. Ctrl-C ends it early, and saves.")
+  what = f"{len(found)} pictures" if found else "4000 pictures of shapes that it draws"
+  log.info(f"{args.save} is going to hold a small PaliGemma that learns, character by character, {what}: "
+           f"{args.steps} steps, after compiling for half a minute. Ctrl-C ends it early, and saves.")
   log.addHandler(Losses(args.save))
   return found
 
@@ -181,8 +306,9 @@ def trained(model, samples):
     bar(done, len(held), "pictures that it has not seen")
   for truth, answer in answers[:8]:
     log.info(f"  {truth}: {'right' if answer == truth else answer}")
-  log.info(f"{sum(truth == answer for truth, answer in answers)} of {len(answers)} pictures that it has not seen are answered "
-           f'exactly. Ask it: python vlm.py IMAGE "caption en" --weights {model.folder}')
+  right = sum(truth == answer for truth, answer in answers)
+  log.info(f"{right} of {len(answers)} pictures that it has not seen are answered exactly. Ask it: "
+           f'python vlm.py IMAGE "caption en" --weights {model.folder}')
 
 
 def check_sampling(args):
@@ -193,11 +319,10 @@ def check_sampling(args):
 def check(args, images, prompt):
   """What can be wrong with a command line, before the slow part. Raises Fault."""
   check_sampling(args)
-  absent = [name for name in images if not os.path.exists(name)]
-  if absent:
-    order = "; pictures come first, then a prompt, with quotes around several words" if len(images) > 1 else ""
-    raise Fault(f"{absent[0]}: no such image{order}")
-  if prompt and " " not in prompt and Path(prompt).suffix.lower() in Image.registered_extensions():
+  order = "; pictures come first, then a prompt, with quotes around several words" if len(images) > 1 else ""
+  for name in images:
+    check_picture(name, order)
+  if prompt and " " not in prompt and Path(prompt).suffix.lower() in extensions():
     raise Fault(f"{prompt}: no such image")  # a mistyped name is no question
   if args.out is not None:
     from . import draw
@@ -209,23 +334,33 @@ def check(args, images, prompt):
 
 class Drawing:
   """The boxes of an answer on its picture. folder, device: of the model, for the decoder of masks."""
-  def __init__(self, picture, boxes, folder, device):
-    self.picture, self.boxes, self.entries = picture, boxes, []
-    self.masks, self.trouble = [None] * len(boxes), None
-    if boxes:
+  def __init__(self, picture, answer, folder, device):
+    self.picture, self.text, self.boxes, self.entries = picture, answer.text, answer.boxes, []
+    self.masks, self.trouble = [None] * len(self.boxes), None
+    if self.boxes:
       from . import draw
       try:
         masks = draw.Masks(folder, device)
-        self.masks = [masks(box, *picture.size) for box in boxes]
+        self.masks = [masks(box, *picture.size) for box in self.boxes]
       except Fault as e:
         self.trouble = e
-      self.entries = [draw.entry(*pair) for pair in zip(boxes, self.masks)]
+      self.entries = [draw.entry(*pair) for pair in zip(self.boxes, self.masks)]
 
   def save(self, args, images):
-    """Where args.out says, or beside the name of the first of images. Raises Fault."""
+    """What the boxes are, and a picture of them: where args.out says, or beside the name of the first of
+    images, with a number from the second of a conversation on. Raises Fault."""
+    if not self.text.strip():
+      log.info("(no answer)")
+    width = max([len(box.label) for box in self.boxes], default=0)
+    for box in self.boxes:
+      x1, y1, x2, y2 = map(round, box.box)
+      log.info(f"{box.label:{width}}  ({x1}, {y1}) to ({x2}, {y2})")
     if self.boxes:
       from . import draw
-      out = args.out or f"{Path(images[0]).stem}.boxes.png"
+      first = Path(args.out or f"{Path(images[0]).stem}.boxes.png")
+      args.drawn.append(first)
+      count = args.drawn.count(first)
+      out = first.with_stem(f"{first.stem}-{count}") if count > 1 else first
       draw.save_picture(draw.draw_boxes(self.picture, self.boxes, self.masks), out, images)
       log.info(f"{len(self.boxes)} {'box' if len(self.boxes) == 1 else 'boxes'} drawn: {out}")
     elif args.out:
@@ -236,22 +371,60 @@ class Drawing:
       log.info(str(self.trouble))
 
 
+HELP = (f"prompts: {TASKS}", ":image FILE  another picture", ":help        these lines",
+        ":quit        leaves, as an empty line and Ctrl-D do; Ctrl-C ends an answer")
+
+
+def read_line(prompt):
+  """A line that was typed, "" at the end of the input. The prompt is on stderr, unless all is one terminal:
+  there the line can be edited, and the arrow keys bring older ones back."""
+  if sys.stdin.isatty() and sys.stdout.isatty():
+    with contextlib.suppress(ImportError):  # Windows has none
+      importlib.import_module("readline")
+    try:
+      return input(prompt)
+    except EOFError:
+      print()  # the shell's prompt has a line of its own
+      return ""
+  print(prompt, end="", file=sys.stderr, flush=True)
+  return sys.stdin.readline()
+
+
+def find_picture(name, open_image):
+  """The name of a picture as typed, with ~, or as a terminal writes a file that was dropped on it -> the name
+  of a picture that can be opened. Raises Fault."""
+  if not os.path.exists(name):
+    with contextlib.suppress(ValueError):  # a quote without its other half
+      name = " ".join(shlex.split(name)) or name
+  name = os.path.expanduser(name)
+  check_picture(name)
+  open_image(name)
+  return name
+
+
 def loop(question, images, open_image):
   """Question after question, until an empty line or the end of the input -> exit code."""
-  log.info("ask about the picture; :image FILE changes it; an empty line leaves")
+  log.info("ask about the picture; :image FILE changes it, :help tells more, an empty line leaves")
   while True:
-    print("> ", end="", file=sys.stderr, flush=True)
-    line = sys.stdin.readline().strip()
-    if not line:
-      return 0
     try:
-      if line.startswith(":image"):
-        name = line.removeprefix(":image").strip()
-        open_image(name)
-        images = [name]
+      line = read_line(f"{some([Path(name).name for name in images], most=1)}> ").strip()
+    except KeyboardInterrupt:  # drops the line, as in a shell
+      print(file=sys.stderr)
+      continue
+    command, _, name = line.partition(" ")
+    try:
+      if command in ("", ":quit"):
+        return 0
+      if command == ":image":
+        images = [find_picture(name.strip(), open_image)]
+      elif command == ":help":
+        print(*HELP, sep="\n", file=sys.stderr)
+      elif command.startswith(":"):
+        raise Fault(f"{command}: no such command; there are :image FILE, :help and :quit")
       else:
-        question(images, line)
+        question(images, asked(line))
     except KeyboardInterrupt:  # ends an answer, not the conversation
       print()
+      log.info("stopped")
     except Fault as e:
-      print(f"vlm: {e}", file=sys.stderr)
+      log.critical(f"vlm: {e}")

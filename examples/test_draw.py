@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vlm.py, wherever this is started from
 import shapes
 import vlm
-from tokenizer import parse_boxes
+from tokenizer import Box, parse_boxes
 
 draw = vlm.beside("draw")
 ROOT = Path(__file__).resolve().parents[1]
@@ -161,15 +161,76 @@ def test_a_box_without_all_its_codes_has_no_mask(codes, folder):
   assert found.program is None  # its file is not read for nothing
 
 def test_outline_and_overlay():
-  image, mask = Image.new("RGB", (90, 80), (200, 200, 200)), np.zeros((80, 90), bool)
+  image, mask = Image.new("RGB", (190, 180), (200, 200, 200)), np.zeros((180, 190), bool)
   mask[20:60, 30:70] = True
-  boxes = parse_boxes(f"{loc(0, 0, 1023, 1023)}{seg(CODES[0])} cat", 90, 80)
+  boxes = parse_boxes(f"{loc(0, 0, 1023, 1023)}{seg(CODES[0])} cat", 190, 180)
   pixels = np.asarray(draw.draw_boxes(image, boxes, [mask])).astype(int)
-  color = np.array([0xe6, 0x19, 0x4b])
+  [color] = draw.choose_colors(image, ["cat"], [(0, 0, 190, 180)], [mask])
+  color = np.array(ImageColor.getrgb(color))
   assert np.abs(pixels[40, 50] - (200 * .55 + color * .45)).max() <= 1  # through it the picture is seen
   assert (pixels[20:22, 30:70] == color).all() and (pixels[20:60, 68:70] == color).all()
   below = np.s_[20:]  # the label is in the corner of the box, above
   assert (pixels[below][~mask[below]] == 200).all() and (pixels[:15] != 200).any()
+  inside = pixels[22, 40]  # within the line another one, black or white, whatever is below
+  assert inside.min() == inside.max() in (0, 255)
+
+GROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0), "grey": (128, 128, 128), "red": (214, 45, 42),
+           "green": (42, 172, 75), "yellow": (226, 222, 32), "blue": (30, 60, 200), "orange": (230, 159, 0)}
+
+def without_red_and_green(rgb):
+  """as who lacks one of the two cones sees it: Vienot, Brettel and Mollon 1999, in linear light"""
+  linear = (np.asarray(rgb, float) / 255) ** 2.2
+  both = .11238 * linear[..., 0] + .88762 * linear[..., 1]
+  return np.stack([both, both, linear[..., 2]], -1) ** (1 / 2.2) * 255
+
+@pytest.mark.parametrize("ground", GROUNDS)
+def test_boxes_stand_out(ground):
+  """three labels and a mask, on any ground: from it and from each other, also without red and green"""
+  boxes = [Box(name, (20 + 60 * i, 30, 60 + 60 * i, 90)) for i, name in enumerate(("a", "b", "c", "b"))]
+  image, mask = Image.new("RGB", (280, 200), GROUNDS[ground]), np.zeros((200, 280), bool)
+  mask[120:180, 20:120] = True
+  colors = draw.choose_colors(image, [box.label for box in boxes], [box.box for box in boxes], [None] * 4)
+  assert colors[1] == colors[3] and len(set(colors)) == 3
+  seen = [np.array(rgb, float) for rgb in (GROUNDS[ground], *map(ImageColor.getrgb, colors[:3]))]
+  for view in (np.asarray, without_red_and_green):
+    apart = [np.linalg.norm(view(seen[i]) - view(seen[j])) for i in range(4) for j in range(i)]
+    assert min(apart) > 60, (colors, apart)
+  fill = np.asarray(draw.draw_boxes(image, [Box("d", (20, 120, 120, 180), CODES[0])], [mask]), float)[150, 70]
+  assert np.linalg.norm(without_red_and_green(fill) - without_red_and_green(seen[0])) > 40, fill
+
+def test_labels_cover_no_other_where_there_is_room(monkeypatch):
+  """boxes that share a corner, or lie on top of each other, or at the edges"""
+  corners = [(100, 100, 200, 160), (104, 103, 230, 170), (100, 96, 160, 220), (0, 0, 90, 60),
+             (330, 240, 399, 299), (150, 130, 160, 140)]
+  boxes = [Box(f"label {i}", corner) for i, corner in enumerate(corners)]
+  image, taken = Image.new("RGB", (400, 300), "#808080"), []
+  plain = ImageDraw.ImageDraw.text
+  def text(self, at, words, **options):
+    taken.append(self.textbbox(at, words, font=options["font"], anchor=options["anchor"]))
+    plain(self, at, words, **options)
+  monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+  draw.draw_boxes(image, boxes)
+  assert len(taken) == 6
+  for i, a in enumerate(taken):
+    assert a[0] >= 0 and a[1] >= 0 and a[2] <= 400 and a[3] <= 300
+    assert not any(draw.shared(a, b) for b in taken[:i])
+    small = corners[5]
+    assert not draw.shared(a, small)
+
+@pytest.mark.parametrize("size,drawn", [((20, 10), (260, 130)), ((1, 1), (256, 256)), ((127, 40), (381, 120)),
+                                        ((128, 40), (128, 40)), ((3000, 20), (3000, 20))])
+def test_tiny_pictures_are_enlarged(size, drawn):
+  w, h = size
+  mask = np.ones((h, w), bool)
+  boxes = [Box("a very long label of a box", (0, 0, w, h)), Box("", (w, h, 0, 0)), Box("mask", (0, 0, w, h))]
+  assert draw.draw_boxes(Image.new("RGB", size), boxes, [None, None, mask]).size == drawn
+
+def test_more_labels_than_colors():
+  labels = [f"label {i}" for i in range(30)]
+  places = [(i, i, 100 + i, 100 + i) for i in range(30)]
+  colors = draw.choose_colors(Image.new("RGB", (200, 200)), labels, places, [None] * 30)
+  assert set(colors) == set(draw.COLORS) and all(a != b for a, b in zip(colors, colors[1:]))
+  assert draw.draw_boxes(Image.new("RGB", (200, 200)), [Box(*pair) for pair in zip(labels, places)])
 
 # ---- the file ----
 def fault(folder, match):
@@ -227,7 +288,7 @@ def speak(monkeypatch, tmp_path):
   monkeypatch.setattr(vlm, "load", lambda *args, **options: model)
   monkeypatch.setattr(draw, "Masks", Masks)
   monkeypatch.chdir(tmp_path)
-  Image.new("RGB", (90, 60), (90, 120, 130)).save("a.png")
+  Image.new("RGB", (180, 120), (90, 120, 130)).save("a.png")
   def say(text, folder):
     def tokens(images, prompts, *args, **options):
       model.timings |= {"vision_s": 0.0, "prefill_s": 0.0, "decode_tok_s": 1.0}
@@ -244,7 +305,7 @@ def test_masks_on_the_command_line(speak, folder, capsys):
   cat, dog = json.loads(out)["boxes"]
   s = cat["mask"]
   mask = np.array(Image.open(io.BytesIO(base64.b64decode(s))))  # what README.md says
-  expected = draw.paste(by_hand(random_weights(SMALL), CODES[0]), (0, 0, 512 / 1023 * 90, 60), 90, 60)
+  expected = draw.paste(by_hand(random_weights(SMALL), CODES[0]), (0, 0, 512 / 1023 * 180, 120), 180, 120)
   assert mask.dtype == bool and np.array_equal(mask, expected) and mask.any() and "mask" not in dog
   changed = (np.asarray(Image.open("out.png")) != np.asarray(Image.open("a.png"))).any(2)
   assert changed[mask].all() and "big_vision" not in err
@@ -254,10 +315,10 @@ def test_without_the_file_boxes_are_drawn_and_a_line_says_so(speak, tmp_path, ca
   speak(text, tmp_path / "nowhere")
   assert vlm.main(["a.png", "segment cat", "--out", "boxes.png"]) == 0
   out, err = capsys.readouterr()
-  assert out == text + "\n" and Image.open("boxes.png").size == (90, 60)
+  assert out == text + "\n" and Image.open("boxes.png").size == (180, 120)
   drawn = np.asarray(Image.open("boxes.png"))
-  assert (drawn[30, 0] == [0xe6, 0x19, 0x4b]).all()
-  assert (drawn[30, 20] == [90, 120, 130]).all()  # a frame, not an area
+  assert tuple(drawn[60, 0]) in map(ImageColor.getrgb, draw.COLORS)
+  assert (drawn[60, 40] == [90, 120, 130]).all()  # a frame, not an area
   said = [line for line in err.splitlines() if "vae-oid.npz" in line]
   assert len(said) == 1 and "big_vision" in said[0] and str(tmp_path / "nowhere") in said[0]
   assert vlm.main(["a.png", "segment cat", "--json", "--quiet"]) == 0
@@ -270,7 +331,7 @@ def test_a_wrong_file_is_a_fault_but_the_answer_is_not_lost(speak, folder, capsy
   assert vlm.main(["a.png", "segment cat", "--out", "boxes.png", "--quiet"]) == 2
   out, err = capsys.readouterr()
   assert out == text + "\n" and err.startswith("vlm: ") and err.count("\n") == 1 and "vae-oid.npz" in err
-  assert Image.open("boxes.png").size == (90, 60)
+  assert Image.open("boxes.png").size == (180, 120)
 
 def test_boxes_alone_want_no_file(speak, folder, capsys):
   speak(f"{loc(0, 0, 1023, 512)} cat", folder({"x": np.zeros(3)}))

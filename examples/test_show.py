@@ -154,45 +154,76 @@ def test_contributions_are_the_attention_to_one_token(kind):
 # ---- pictures ----
 def test_strip_has_a_cell_for_each_token():
   picture, other = Image.new("RGB", (300, 150), "white"), Image.new("RGB", (100, 300), "white")
-  cell = show.SMALL + 6, show.SMALL // 2 + 28
+  cell = show.PANEL + 10, show.PANEL // 2 + 44
   for n in (1, 5, 6, 7, 40):
     maps = np.full((n, 64), .001)
     maps[:, 10] = .5  # second row, third column
     sheet = show.strip([picture], maps, ["word"] * n)
     columns = min(n, show.STRIP // cell[0])
-    assert sheet.size == (columns * cell[0] + 6, -(-n // columns) * cell[1] + 6)
-    last = [6 + (n - 1) % columns * cell[0], 6 + (n - 1) // columns * cell[1]]
-    lit = np.asarray(sheet.crop((*last, last[0] + show.SMALL, last[1] + show.SMALL // 2)), float).mean(2)
+    assert sheet.size == (columns * cell[0] + 10, -(-n // columns) * cell[1] + 10)
+    last = [10 + (n - 1) % columns * cell[0], 10 + (n - 1) // columns * cell[1]]
+    lit = np.asarray(sheet.crop((*last, last[0] + show.PANEL, last[1] + show.PANEL // 2)), float).mean(2)
     y, x = np.unravel_index(lit.argmax(), lit.shape)
-    assert (y // 10, x // 20) == (1, 2) and lit[:, 100:].max() < 100 and lit[60:].max() < 100
+    assert (y // 25, x // 50) == (1, 2) and lit[:, 250:].max() < 140 and lit[150:].max() < 140
     if n % columns:  # nothing stands where no token is
       assert np.asarray(sheet.crop((last[0] + cell[0], last[1], *sheet.size))).min() == 255
   maps = np.zeros((2, 128))
   maps[:, 64:] = 1 / 64  # two pictures of one question, of which it looked at the second
   sheet = show.strip([picture, other], maps, ["a", "b"])
-  assert sheet.size == (2 * (show.SMALL + 53 + 6) + 6, show.SMALL + 28 + 6)
-  row = np.asarray(sheet, float).mean(2)[40]
-  assert row[20:150].max() < 100 and row[180:215].min() > 240
+  assert sheet.size == (2 * (show.PANEL + 133 + 10) + 10, show.PANEL + 44 + 10)
+  row = np.asarray(sheet, float).mean(2)[110]
+  assert row[60:380].max() < 140 and row[430:520].min() > 170
 
 def test_what_is_next_to_nothing_stays_dark():
   picture, maps = Image.new("RGB", (80, 80), "white"), np.zeros((2, 64))
   maps[0, 0], maps[1, 0] = .9, .01
   sheet = np.asarray(show.strip([picture], maps, ["a", "b"]), float).mean(2)
-  at = 6 + show.SMALL // 16
-  assert sheet[at, at] > 240 > 100 > sheet[at, at + show.SMALL + 6]
+  at = 10 + show.PANEL // 16
+  assert sheet[at, at] > 180 > 140 > sheet[at, at + show.PANEL + 10]
   assert show.strip([picture], np.zeros((1, 64)), ["a"])  # a window may hide the whole picture
+
+def test_colors_of_heat():
+  """each lighter than the one before, in grey too, and not grey themselves: seen on a grey picture, too"""
+  colors = show.heat_colors(np.linspace(0, 1, 50))
+  assert (np.diff(colors @ (.3, .6, .1)) > 0).all() and colors[-1].min() > 150
+  middle = np.asarray(show.light(Image.new("RGB", (80, 80), "#808080"), np.full((8, 8), .5)), int)[45, 45]
+  assert middle.max() - middle.min() > 60
+
+def test_a_box_for_its_codes():
+  labels = ["<loc0512>", "<loc0000>", "<loc1023>", "<loc0256>", "red", "circle", ";", "<loc0100>", "on",
+            "<0xC3>"]
+  captions, marks = show.read_edges(labels, (200, 100))
+  assert captions == ["top, y = 50", "left, x = 0", "bottom, y = 100", "right, x = 50", "red", "circle", ";",
+                      "top, y = 10", "on", "<0xC3>"]
+  y, x = 512 / 1023, 256 / 1023
+  assert marks[:4] == [(0, y, 1, y), (0, 0, 0, 1), (0, 1, 1, 1), (x, 0, x, 1)]
+  assert marks[4] == marks[5] == (0, y, x, 1) and marks[6] is marks[8] is None
+  maps = np.full((2, 64), .1)
+  plain, marked = (np.asarray(show.strip([Image.new("RGB", (200, 100))], maps, [text, "a"]), int)
+                   for text in ("a", "<loc0512>"))
+  changed = (plain != marked).any(2)
+  rows = changed[10:210, 20:400].all(1).nonzero()[0]
+  assert len(rows) and abs(rows.mean() - 100) < 3 and not changed[:210, 420:].any()
+
+def test_titles():
+  picture = Image.new("RGB", (300, 50), "red")
+  one, two = show.titled(picture, "short", "x"), show.titled(picture, "short", "word " * 40)
+  assert one.width == two.width == 300 and 50 < one.height < two.height  # a long line has several rows
+  assert np.array_equal(np.asarray(two)[-50:], np.asarray(picture))
+  assert (np.asarray(one)[:-50] == 0).any() and (np.asarray(one)[:, -4:][:-50] == 255).all()
 
 def test_grid():
   picture, near = Image.new("RGB", (448, 336), "#808080"), np.full(64, .1)
-  near[9] = .9
+  near[9], near[20] = .9, .75
   sheet = show.grid(picture, ["word"] * 64, near)
-  assert sheet.size == (512, 384)
-  cells = np.asarray(sheet, float).mean(2).reshape(8, 48, 8, 64)[:, 4:-4, :, 4:-4]
+  assert sheet.size == (1024, 768)
+  cells = np.asarray(sheet, float).mean(2).reshape(8, 96, 8, 128)[:, 4:-4, :, 4:-4]
   loud = np.abs(cells - 128).max((1, 3))
   assert np.unravel_index(loud.argmax(), loud.shape) == (1, 1)
-  assert loud.min() > 10 and np.sort(loud.ravel())[-2] < 60
+  assert 20 < loud[2, 4] < loud[1, 1] - 20  # the farther, the fainter
+  assert np.sort(loud.ravel())[-3] < 1  # and what is weak not at all
   long = show.grid(picture, ["Donaudampfschifffahrtsgesellschaft日本語"] * 64, near)
-  edges = np.asarray(long, float).mean(2).reshape(384, 8, 64)[:, :, -2:]
+  edges = np.asarray(long, float).mean(2).reshape(768, 8, 128)[:, :, -2:]
   assert np.abs(edges - 128).max() < 5  # none leaves its cell
 
 def test_labels():
@@ -257,16 +288,17 @@ def test_color_words():
 # ---- command line ----
 def test_command_line(toy, capsys):
   for what, words, out, size in (
-      ("attention", [PROMPT], "shapes.attention.png", (1002, 154)),
-      ("attention", [PROMPT, "--layer", "3", "--out", "a.png"], "a.png", (1002, 154)),
-      ("patches", [], "shapes.patches.png", (512, 384)),
-      ("patches", ["caption en", "--layer", "3", "--out", "p.png"], "p.png", (512, 384)),
-      ("patches", [PICTURE, "--out", "two.png"], "two.png", (1024, 384)),
-      ("patches", [PICTURE, "caption en", "--layer", "3", "--out", "both.png"], "both.png", (1024, 384))):
+      ("attention", [PROMPT], "shapes.attention.png", (1240, 757)),
+      ("attention", [PROMPT, "--layer", "3", "--out", "a.png"], "a.png", (1240, 757)),
+      ("patches", [], "shapes.patches.png", (1024, 827)),
+      ("patches", ["caption en", "--layer", "4", "--out", "p.png"], "p.png", (1024, 827)),
+      ("patches", [PICTURE, "--layer", "0", "--out", "two.png"], "two.png", (2048, 827)),
+      ("patches", [PICTURE, "caption en", "--layer", "3", "--out", "both.png"], "both.png", (2048, 827))):
     assert not show.main([what, PICTURE, *words])
     stdout, stderr = capsys.readouterr()
     answer = model("toy").generate([PICTURE], [PROMPT])[0].text + "\n"
     assert stdout == (answer if what == "attention" else "") and out in stderr
+    assert words or "layer 3\n" in stderr  # whose words are nearest
     assert Image.open(out).size == size
   for pair in (("shapes.attention.png", "a.png"), ("shapes.patches.png", "p.png"), ("two.png", "both.png")):
     one, two = (np.asarray(Image.open(name), float) for name in pair)
@@ -280,7 +312,9 @@ def test_eval_on_the_command_line(monkeypatch, capsys):
   monkeypatch.setattr(show, "evaluate", lambda *args: asked.append(args))
   assert not show.main(["eval"]) and not show.main(["eval", "--scenes", "3", "--quiet"])
   toy = ROOT / "weights" / "toy"
-  assert asked == [toy, (m, 200), toy, (m, 3)] and capsys.readouterr().err.count("\n") == 1
+  assert asked == [toy, (m, 200), toy, (m, 3)]
+  loading, answers = capsys.readouterr().err.splitlines()  # the quiet one says nothing
+  assert loading.startswith("loading ") and answers.endswith(" answers")
 
 def test_any_answer(monkeypatch, capsys, kind="tiny1"):
   """one token, and a sampled answer of several rows of pictures"""
@@ -305,8 +339,7 @@ def test_an_empty_answer(toy, capsys, monkeypatch):
   ("attention IMAGE x --scenes 3", "--scenes"), ("attention IMAGE x --seed 3", "--temperature"),
   ("attention IMAGE", "prompt"), ("attention IMAGE IMAGE", "prompt"), ("attention none.png x", "none.png"),
   ("attention IMAGE none.png x", "none.png"), ("attention", "PROMPT"), ("attention IMAGE b c", "quotes"),
-  ("patches IMAGE --out IMAGE", "input"), ("patches none.png", "none.png"), ("patches IMAGE x", "--layer"),
-  ("patches IMAGE --layer 2", "prompt"), ("patches IMAGE IMAGE --layer 2", "prompt"),
+  ("patches IMAGE --out IMAGE", "input"), ("patches none.png", "none.png"), ("patches IMAGE a.jpg", "a.jpg"),
   ("patches IMAGE x --layer 5", "has 4"), ("patches IMAGE x --layer -1", "layer -1"),
   ("patches IMAGE --temperature 1", "--temperature"), ("patches IMAGE --max-tokens 3", "--max-tokens"),
   ("patches IMAGE --seed 3", "--seed"), ("eval --scenes 0", "--scenes"), ("eval --layer 3", "--layer"),
@@ -327,7 +360,7 @@ def test_old_spelling(capsys):
 SHIPPED = {
   'python examples/show.py attention examples/shapes.png "detect red circle" --out show-attention.png':
     "show-attention.png",
-  'python examples/show.py patches examples/shapes.png "caption en" --layer 3 --out show-patches.png':
+  'python examples/show.py patches examples/shapes.png --out show-patches.png':
     "show-patches.png"}
 
 @pytest.mark.parametrize("command,name", SHIPPED.items())
