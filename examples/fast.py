@@ -21,6 +21,7 @@ import os
 import pickle
 import platform
 import shutil
+import sqlite3
 import stat
 import sys
 import tempfile
@@ -32,7 +33,7 @@ import numpy as np
 from tinygrad import Device, Tensor, TinyJit, UOp, dtypes
 from tinygrad.codegen.opt import Opt, OptOps
 from tinygrad.device import Buffer
-from tinygrad.helpers import CPU_COUNT, DEV
+from tinygrad.helpers import CACHEDB, CACHELEVEL, CPU_COUNT, DEV
 from tinygrad.nn.state import get_state_dict
 from tinygrad.renderer import Estimates
 from tinygrad.renderer.cstyle import ClangRenderer, MetalRenderer
@@ -49,6 +50,11 @@ KEPT = 100  # files; the one unused for longest goes first. 0: none is read or w
 ROOM = 100_000_000  # bytes of them together; one has half a megabyte at most
 CHUNK = 512  # queries at a time, or memory would grow with the square of the picture: gigabytes at 896 pixels
 GPUS = "/dev/nvidia*", "/dev/kfd", "/dev/dri", "/dev/kgsl*", "/dev/dxg"  # what Linux calls them
+
+
+FORKED = []  # not empty in a process that was forked off one with a device: tinygrad's threads are not in it
+if hasattr(os, "register_at_fork"):
+  os.register_at_fork(after_in_child=lambda: FORKED.extend(Device._opened_devices))
 
 
 # ---- 1. What vlm.py calls ----
@@ -106,6 +112,9 @@ def upload(array, device, name=None):
   """A weight is a view of its mapped file on a CPU, neither read nor copied before it is used: where
   tinygrad's own kernels find it aligned, and those of this file at any address. All else is copied at once:
   Tensor(array).realize() takes 2 ms, 130 the first time, since it schedules a copy."""
+  if FORKED:
+    raise Fault("this process is a fork of one that has used a model, and would wait forever; start it with the "
+                "multiprocessing method spawn, or load the model after the fork only", code=1)
   if isinstance(device, tuple):  # whole on each
     return upload(array, device[0]).shard(device).realize()
   if isinstance(array, Packed):
@@ -131,6 +140,10 @@ def join_scales(arrays, shapes):
 
 
 def open_device(name):
+  if not 1 <= CPU_COUNT.value <= 1024:
+    raise Fault(f"CPU_COUNT={CPU_COUNT.value}: at least 1, at most 1024")
+  if not compiler_cache():
+    CACHELEVEL.value = 0
   if name is None and not DEV.device and sys.platform == "linux" and not any(map(glob.glob, GPUS)):
     DEV.value = "CPU"  # tinygrad would come to this too, after it has imported all its drivers: 0.4 s
   name = Device.canonicalize(name)
@@ -200,6 +213,18 @@ class Packed:
 def forward_in_c(x):
   """Whether x is for the kernels in C that have no gradient: not where something is differentiated."""
   return runs_c(x.device) and not Tensor.training
+
+
+def compiler_cache():
+  """Whether tinygrad's own cache, a database of compiled kernels, can be used; what cannot would raise in the middle."""
+  try:
+    Path(CACHEDB).parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.closing(sqlite3.connect(CACHEDB, timeout=60)) as base:
+      base.execute("PRAGMA user_version=0")  # writes
+      base.execute("SELECT name FROM sqlite_master").fetchall()
+    return True
+  except (OSError, ValueError, sqlite3.Error):
+    return False
 
 
 # ---- 2. C on a CPU ----

@@ -2,10 +2,14 @@
 question after another, where a model is found, and what to type instead. Imports nothing of vlm, which hands over the
 model's folder and the answer."""
 import argparse
+import contextlib
 import logging
 import os
+import signal
 import sys
+import threading
 import time
+import warnings
 from pathlib import Path
 
 from PIL import Image
@@ -18,6 +22,34 @@ MOVED = {"--init": "train", "--resume": "train", "--batch": "batch", "--batch-si
 
 
 # ---- 1. What is being done ----
+
+
+def run(work, argv):
+  """A program's work, with streams that may be closed, full, of few characters, or end early -> exit code. Raises Fault."""
+  for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+    if getattr(sys, name) is None:  # closed by who started this
+      setattr(sys, name, open(os.devnull, mode))
+    with contextlib.suppress(AttributeError, ValueError):  # a stream that a test has put there
+      getattr(sys, name).reconfigure(errors="surrogateescape" if name == "stdin" else "backslashreplace")
+  main = threading.current_thread() is threading.main_thread()
+  before = main and signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by the way of every `finally`
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore")  # Pillow's and numpy's own lines
+      code = work(argv)
+    sys.stdout.flush()
+    return code
+  except OSError as e:
+    if e.filename is not None:
+      raise
+    with contextlib.suppress(OSError, ValueError):  # or Python would say it once more at its end
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(e, BrokenPipeError):  # who reads has seen enough
+      return 1
+    raise Fault(f"stdout: {e.strerror or e}", code=1) from None
+  finally:
+    if main:
+      signal.signal(signal.SIGTERM, before)
 
 
 class StreamHandler(logging.Handler):
