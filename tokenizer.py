@@ -159,7 +159,7 @@ def learn_characters(samples, folder):
     path.parent.mkdir(parents=True, exist_ok=True)
     if os.listdir(path.parent):
       raise Fault(f"{folder} is not empty; choose another --save")
-    with open(path, "wb") as file:
+    with open(path, "xb") as file:
       sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(text for _, *texts in samples for text in texts), model_writer=file, model_type="char",
         vocab_size=100000, hard_vocab_limit=False, character_coverage=1.0, normalization_rule_name="identity",

@@ -132,7 +132,7 @@ def find_weights(name, root):
   main = hub / "refs" / "main"
   cached = hub / "snapshots" / (main.read_text().strip() if main.is_file() else "none")
   for place in (folder, root / "weights" / folder, root / "weights" / folder.name, cached):
-    if name and place.exists():
+    if name and os.path.exists(place):  # False of a name too long, too
       return place
   get = (f"; accept its licence at huggingface.co/{name}, then: hf download {name} --local-dir weights/{folder.name}"
          if name.count("/") == 1 else "")
@@ -253,7 +253,7 @@ class Drawing:
     """Where args.out says, or beside the name of the first of images. Raises Fault."""
     if self.boxes:
       from . import draw
-      out = args.out or f"{Path(images[0]).stem}.boxes.png"
+      out = args.out or draw.own_name(images[0])
       draw.save_picture(draw.draw_boxes(self.picture, self.boxes, self.masks), out, images)
       log.info(f"{len(self.boxes)} {'box' if len(self.boxes) == 1 else 'boxes'} drawn: {out}")
     elif args.out:
