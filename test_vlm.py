@@ -319,6 +319,10 @@ def test_library(pictures):
   for images, prompts in (([pictures["rgb"]], ["a", "b"]), ([], [])):
     with pytest.raises(vlm.Fault):
       m.generate(images, prompts)
+  for images, prompts, name in (("a.png", "caption en", "images"), ([pictures["rgb"]], "caption en", "prompts"),
+                                ([pictures["rgb"]], [5], "prompt"), ([5], ["a"], "5"), ([None], ["a"], "None")):
+    with pytest.raises(vlm.Fault, match=name):
+      m.generate(images, prompts)
   for wrong in (np.zeros((3, 55, 56), np.float32), np.zeros((56, 56, 3), np.float32), np.full((3, 56, 56), 200, np.uint8),
                 np.full((3, 56, 56), 255.0), np.full((3, 56, 56), np.nan)):
     with pytest.raises(vlm.Fault, match="56"):

@@ -61,10 +61,14 @@ class Turns:
 
 
 def in_turn(steps):
-  """Decorates a generator method of an object that has `turns`, see there."""
+  """Decorates a generator method, of two lists and options, of an object that has `turns`, see there."""
   @functools.wraps(steps)
-  def call(self, *args, **options):
-    turn, rest, step = object(), steps(self, *args, **options), None
+  def call(self, images, prompts, **options):
+    for name, given in (("images", images), ("prompts", prompts)):
+      if not isinstance(given, (list, tuple)):  # the letters of a text would be taken for pictures
+        raise Fault(f"{name} is a list, of one for each answer, and not a {type(given).__name__}; stream(image, prompt) asks "
+                    "one question")
+    turn, rest, step = object(), steps(self, images, prompts, **options), None
     with self.turns:
       self.turns.now = turn
       step = next(rest, None)
@@ -123,6 +127,7 @@ class Tokenizer:
   def prompt(self, text):
     """str -> [bos, *text, newline], what follows the image tokens. The newline is tokenised with the text, as
     transformers does, so a prompt that itself ends in a newline gives the piece for two."""
+    check_text(text)
     return [self.bos] + self.encode(text + "\n")
 
   def piece(self, id):

@@ -279,8 +279,8 @@ def main(argv):
   vlm.add_arguments(p)
   args = p.parse_args(argv)
   options = vlm.sampling(args)
-  if args.batch_size < 1:
-    raise Fault("--batch-size: at least 1")
+  if not 1 <= args.batch_size <= 10_000:
+    raise Fault("--batch-size: at least 1, at most 10000")
   source = Path(args.list)
   answers = Answers(Path(args.out), read_list(source), source)
   with answers.file:

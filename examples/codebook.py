@@ -212,8 +212,8 @@ def main(argv):
       setattr(args, option, default)
     elif args.eval is not None:
       raise vlm.Fault(f"--{option} goes with --train")
-    elif value < 1:
-      raise vlm.Fault(f"--{option}: at least 1")
+    elif not 1 <= value <= 100_000:
+      raise vlm.Fault(f"--{option}: at least 1, at most 100000")
   if args.train is not None:
     train(args.train, args.steps, args.batch)
   evaluate(args.eval if args.train is None else args.train)

@@ -3,6 +3,7 @@ question after another, where a model is found, and what to type instead. Import
 model's folder and the answer."""
 import argparse
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -39,9 +40,11 @@ def run(work, argv):
       code = work(argv)
     sys.stdout.flush()
     return code
+  except MemoryError:
+    raise Fault("out of memory; ask for less at once", code=1) from None
   except OSError as e:
-    if e.filename is not None:
-      raise
+    if e.filename is not None or e.errno not in (errno.ENOSPC, errno.EPIPE, errno.EBADF, errno.EIO):
+      raise Fault(f"{f'{e.filename}: ' if e.filename else ''}{e.strerror or e}", code=1) from None
     with contextlib.suppress(OSError, ValueError):  # or Python would say it once more at its end
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if isinstance(e, BrokenPipeError):  # who reads has seen enough

@@ -471,7 +471,7 @@ def arguments(argv):
   args.save = args.save or ROOT / "weights" / "trained"
   if args.steps is None:
     args.steps = 2000 if args.data else 24000
-  for wrong, message in ((args.steps < 1, "--steps: at least 1"), (args.batch < 1, "--batch: at least 1"),
+  for wrong, message in ((args.steps < 1, "--steps: at least 1"), (not 1 <= args.batch <= 10_000, "--batch: at least 1, at most 10000"),
                          (not 0 < args.lr < math.inf, "--lr: above 0"),
                          (args.skip_bad and not args.data, "--skip-bad goes with a data folder")):
     if wrong:
