@@ -90,7 +90,7 @@ class Tokenizer:
     try:
       data = Path(regular(path)).read_bytes() or b"nothing"  # of an empty file SentencePiece would complain for pages
       self.model = sentencepiece.SentencePieceProcessor(model_proto=data)
-    except (OSError, RuntimeError) as e:
+    except (OSError, RuntimeError, ValueError) as e:
       why = getattr(e, "strerror", None) or "not a SentencePiece model"
       raise Fault(f"{path}: {why}; download tokenizer.model again") from None
     names = [f"<loc{i:04d}>" for i in range(LOC)] + [f"<seg{i:03d}>" for i in range(SEG)] + ["<image>"]
@@ -136,7 +136,10 @@ class Tokenizer:
       return b"" if id == self.image else self.names[id].encode()
     if id >= self.model.get_piece_size() or self.model.is_control(id) or self.model.is_unknown(id):
       return b""
-    name = self.model.id_to_piece(id)
+    try:
+      name = self.model.id_to_piece(id)
+    except UnicodeDecodeError:
+      raise Fault(f"piece {id} of the tokenizer is damaged; download tokenizer.model again") from None
     return bytes([int(name[1:-1], 16)]) if self.model.is_byte(id) else name.replace("\u2581", " ").encode()
 
   def decode(self, ids):

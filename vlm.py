@@ -564,7 +564,7 @@ def read_config(path):
   """A published config.json -> Config; what is taken from it is checked. Raises Fault."""
   def check(right, found, key):
     if not right:
-      raise Fault(f"{path}: {key} {found.get(key)!r} is not understood; is it a PaliGemma config?")
+      raise Fault(f"{path}: {key} {repr(found.get(key))[:99]} is not understood; is it PaliGemma's?")
   def sizes(kind, found):
     """The dataclass of that kind; its fields are keys of this part of the file, null the default or off."""
     values = {}
@@ -612,7 +612,7 @@ def read_weights(folder):
       with safe_open(regular(file), "numpy"):  # checks the header, and that tensors fill the file alone
         data = np.asarray(np.memmap(file, np.uint8, "c"))
     except (SafetensorError, OSError, ValueError) as e:
-      raise Fault(f"{file}: not a complete safetensors file ({e}); download it again") from None
+      raise Fault(f"{file}: not a complete safetensors file ({str(e)[:300]}); get it again") from None
     start = 8 + data[:8].view(np.uint64).item()
     for name, t in json.loads(data[8:start].tobytes()).items():
       path = canonical(name)
