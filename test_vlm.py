@@ -33,7 +33,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import sentencepiece
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, PngImagePlugin
 from tinygrad import Tensor, dtypes
 from tinygrad.helpers import Context
 from tinygrad.nn.state import get_state_dict
@@ -270,6 +270,40 @@ def test_a_dropped_model_is_freed_at_once():
   finally:
     gc.enable()
 
+def test_interleaved_answers_and_threads(pictures):
+  m = fresh(model("tiny1"))
+  sources, questions = [pictures["rgb"], pictures["tall"]], [SHORT, LONG]
+  alone = [m.generate([source], [question], max_tokens=8)[0].text for source, question in zip(sources, questions)]
+  first = m.stream(sources[0], questions[0], max_tokens=8)
+  begun = next(first)
+  assert "".join(m.stream(sources[1], questions[1], max_tokens=8)) == alone[1]
+  with pytest.raises(vlm.Fault, match="another question"):
+    list(first)
+  assert alone[0].startswith(begun)
+  with ThreadPoolExecutor(4) as pool:
+    ask = lambda i: m.generate([sources[i % 2]], [questions[i % 2]], max_tokens=8)[0].text
+    assert list(pool.map(ask, range(12))) == alone * 6
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork")
+def test_a_fork_says_so_instead_of_hanging(tmp_path):
+  code = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import vlm
+m = vlm.load({str(WEIGHTS / 'tiny1')!r})
+ask = lambda m: m.generate([{str(ROOT / 'examples' / 'shapes.png')!r}], ["caption en"], max_tokens=2)
+ask(m)
+if os.fork() == 0:
+  try:
+    ask(m)
+  except vlm.Fault as e:
+    print(e, flush=True)
+  os._exit(0)
+os.wait()
+"""
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+  assert "fork" in done.stdout and done.returncode == 0, done
+
 def test_library(pictures):
   m = model("tiny1")
   assert isinstance(m, vlm.VLM)
@@ -287,7 +321,12 @@ def test_library(pictures):
   for images, prompts in (([pictures["rgb"]], ["a", "b"]), ([], [])):
     with pytest.raises(vlm.Fault):
       m.generate(images, prompts)
-  for wrong in (np.zeros((3, 55, 56), np.float32), np.zeros((56, 56, 3), np.float32)):
+  for images, prompts, name in (("a.png", "caption en", "images"), ([pictures["rgb"]], "caption en", "prompts"),
+                                ([pictures["rgb"]], [5], "prompt"), ([5], ["a"], "5"), ([None], ["a"], "None")):
+    with pytest.raises(vlm.Fault, match=name):
+      m.generate(images, prompts)
+  for wrong in (np.zeros((3, 55, 56), np.float32), np.zeros((56, 56, 3), np.float32), np.full((3, 56, 56), 200, np.uint8),
+                np.full((3, 56, 56), 255.0), np.full((3, 56, 56), np.nan)):
     with pytest.raises(vlm.Fault, match="56"):
       golden.next_logits(m, wrong, "caption en")
 
@@ -433,10 +472,12 @@ def test_boxes():
   seg = "".join(f"<seg{i:03d}>" for i in range(16))
   assert parse_boxes(loc(0, 0, 1023, 1023) + seg + " big cat", 7, 5) == [Box("big cat", (0, 0, 7, 5), tuple(range(16)))]
   assert parse_boxes(loc(1, 2, 3, 4), 10, 10)[0].label == ""
+  assert [b.label for b in parse_boxes(f"There is one: {loc(1, 2, 3, 4)} cat", 10, 10)] == ["cat"]
+  assert parse_boxes(loc(0, 0, 1023, 1023) + seg + "<seg099>" + " cat", 7, 5)[0].codes == tuple(range(16))
 
 @pytest.mark.quick
 @pytest.mark.parametrize("tail", [loc(1, 2, 3), loc(1, 2, 3) + " cat", loc(1, 2, 3, 4, 5) + " cat", "cat", "",
-                                  "<loc0001><loc12", loc(1, 2) + " a " + loc(3, 4) + " b"])
+                                  "<loc0001><loc12", loc(1, 2, 3, 1024) + " cat", loc(1, 2, 3, 9999), loc(1, 2) + " a " + loc(3, 4) + " b"])
 def test_a_malformed_tail_stays_text(tail):
   good = loc(1, 2, 3, 4) + " cat"
   assert len(parse_boxes(f"{good} ; {tail}", 10, 10)) == 1 and parse_boxes(tail, 10, 10) == []
@@ -791,10 +832,71 @@ def test_bad_images(refused, tmp_path, pictures, recwarn):
   with mock.patch.object(Image.Image, "load", side_effect=AssertionError("decoded")):
     with pytest.raises(vlm.Fault, match="100000000 pixels"):
       vlm.open_image(tmp_path / "bomb.png")
-  with pytest.raises(vlm.Fault, match="truncated"):  # large, but not too large: only what it lacks is wrong with it
-    (tmp_path / "large.png").write_bytes(png(9700, 10000))
-    vlm.open_image(tmp_path / "large.png")
+  (tmp_path / "large.png").write_bytes(png(9700, 10000))  # but not too large: only what it lacks is wrong with it
+  refused("truncated", tmp_path / "large.png", "caption en", "--weights", WEIGHTS / "tiny1")
   assert not [w for w in recwarn if "Bomb" in w.category.__name__]  # Pillow's warning: two more lines on stderr
+
+@pytest.mark.quick
+def test_garbage_beside_good_pixels(tmp_path):
+  image = Image.new("RGB", (30, 20), "red")
+  for key in ("transparency", "xmp", "exif", "XML:com.adobe.xmp"):
+    for mode in ("RGB", "P", "L", "RGBA"):
+      info = PngImagePlugin.PngInfo()
+      info.add_text(key, "hello")
+      image.convert(mode).save(tmp_path / "a.png", pnginfo=info)
+      assert vlm.open_image(tmp_path / "a.png").size == (30, 20)
+  for format in ("JPEG", "PNG", "WEBP"):
+    for exif in (b"\0", b"Exif\0\0garbage", b"\xff" * 40):
+      image.save(tmp_path / "a", format, exif=exif)
+      assert vlm.open_image(tmp_path / "a").size == (30, 20)
+
+@pytest.mark.quick
+def test_an_icon_holds_no_bomb(tmp_path):
+  inner = png(30000, 30000)
+  (tmp_path / "a.ico").write_bytes(struct.pack("<HHH", 0, 1, 1) + struct.pack("<BBBBHHII", 9, 9, 0, 0, 1, 32, len(inner), 22)
+                                   + inner)
+  with pytest.raises(vlm.Fault, match="100000000 pixels"):
+    vlm.open_image(tmp_path / "a.ico")
+  inner = png(20000, 20000)
+  (tmp_path / "a.icns").write_bytes(b"icns" + struct.pack(">I", len(inner) + 16) + b"ic07"
+                                    + struct.pack(">I", len(inner) + 8) + inner)
+  with pytest.raises(vlm.Fault, match="100000000 pixels"):
+    vlm.open_image(tmp_path / "a.icns")
+
+@pytest.mark.quick
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pipes with names")
+def test_pipes_are_not_waited_for(refused, tmp_path, pictures, folder):
+  os.mkfifo(tmp_path / "pipe")
+  refused("a pipe or a device", tmp_path / "pipe", "caption en", "--weights", WEIGHTS / "tiny1")
+  refused("a pipe or a device", "/dev/zero", "caption en", "--weights", WEIGHTS / "tiny1")
+  for file in ("config.json", "tokenizer.model", "model.safetensors", "generation_config.json"):
+    target = folder()
+    (target / file).unlink(missing_ok=True)
+    os.mkfifo(target / file)
+    refused("a pipe or a device", pictures["rgb"], "caption en", "--weights", target)
+  for name, line in (("data.jsonl", None), ("captions.csv", None), ("pipe", '{"image": "pipe", "prefix": "a", "suffix": "b"}')):
+    data = tmp_path / name.replace(".", "")
+    data = data.with_name(data.name + "folder")
+    data.mkdir()
+    os.mkfifo(data / name)
+    if line:
+      (data / "data.jsonl").write_text(line)
+    refused("pipe or a device" if line is None else "no such image", data, "--train", "--save", tmp_path / "new")
+
+@pytest.mark.quick
+def test_the_tokenizer_of_another_model(refused, pictures, folder, own_pieces):
+  target = folder()
+  shutil.copy(WEIGHTS / "toy" / "tokenizer.model", target)
+  refused("<image> is 1576 in it, by config.json 1535", pictures["rgb"], "caption en", "--weights", target)
+  refused("another model", pictures["rgb"], "caption en", "--weights", folder(config={"image_token_index": "1535"}))
+
+@pytest.mark.quick
+def test_text_that_is_not_utf8(refused, pictures, tmp_path):
+  refused("not UTF-8", pictures["rgb"], "caption \udcff en", "--weights", WEIGHTS / "tiny1")
+  refused("not UTF-8", pictures["rgb"], "caption \ud800 en", "--json", "--weights", WEIGHTS / "tiny1")
+  (tmp_path / "data.jsonl").write_text('{"image": "a.png", "prefix": "a", "suffix": "\\ud800"}\n' * 12)
+  shutil.copy(pictures["rgb"], tmp_path / "a.png")
+  refused("data.jsonl, line 1: the text is not UTF-8", tmp_path, "--train", "--save", tmp_path / "new")
 
 @pytest.mark.quick
 def test_bad_folders(refused, pictures, folder, tmp_path):

@@ -4,11 +4,15 @@ A SentencePiece file from the hub holds only Gemma's base pieces; the 1024 <loc>
 follow them in the embedding table. big_vision's own file holds them as pieces. Both work: the file is asked first.
 """
 import codecs
+import errno
+import functools
 import importlib
 import os
 import re
+import stat
 import string
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +31,8 @@ except ModuleNotFoundError as e:
   raise ModuleNotFoundError(missing, name=e.name) from None
 
 LOC, SEG, CODES = 1024, 128, 16  # location and segmentation tokens of every PaliGemma, those of a mask
-SPECIAL = re.compile(r"<loc(?:0\d{3}|10[01]\d|102[0-3])>|<seg(?:0\d\d|1[01]\d|12[0-7])>")
+LOC_TOKEN, SEG_TOKEN = r"<loc(?:0\d{3}|10[01]\d|102[0-3])>", r"<seg(?:0\d\d|1[01]\d|12[0-7])>"
+SPECIAL = re.compile(f"{LOC_TOKEN}|{SEG_TOKEN}")
 
 
 class Fault(Exception):
@@ -38,29 +43,90 @@ class Fault(Exception):
     self.code = code
 
 
-class Tokenizer:
-  """path: a SentencePiece `tokenizer.model`. Raises Fault if it is not one, or lacks the pieces Gemma needs."""
+def regular(source):
+  """-> the path of a file, or the file object, that is to be read. Raises OSError: a pipe would be waited for, a device
+  may never end."""
+  if isinstance(source, (str, os.PathLike)):
+    mode = os.stat(source).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # to open a folder has a message of its own
+      raise OSError(errno.EINVAL, "a pipe or a device, not a file")
+  return source
 
-  def __init__(self, path):
+
+def check_text(text):
+  """Raises Fault of what no tokenizer can encode."""
+  if not isinstance(text, str):
+    raise Fault(f"a prompt is a text, not {type(text).__name__}")
+  if text != text.encode(errors="replace").decode():  # halves of characters, which a shell makes of other bytes
+    raise Fault("the text is not UTF-8")
+
+
+class Turns:
+  """The right to use one model, whose programs and KV cache hold one question: a thread waits for another's, and an
+  answer that is taken step by step ends with a Fault when another question was asked meanwhile."""
+
+  def __init__(self):
+    self.lock, self.now = threading.RLock(), None
+
+  def __enter__(self):
+    self.lock.acquire()
+
+  def __exit__(self, *trouble):
+    self.lock.release()
+
+
+def in_turn(steps):
+  """Decorates a generator method, of two lists and options, of an object that has `turns`, see there."""
+  @functools.wraps(steps)
+  def call(self, images, prompts, **options):
+    for name, given in (("images", images), ("prompts", prompts)):
+      if not isinstance(given, (list, tuple)):  # the letters of a text would be taken for pictures
+        raise Fault(f"{name} is a list, of one for each answer, and not a {type(given).__name__}; stream(image, prompt) asks "
+                    "one question")
+    turn, rest, step = object(), steps(self, images, prompts, **options), None
+    with self.turns:
+      self.turns.now = turn
+      step = next(rest, None)
+    while step is not None:
+      yield step
+      with self.turns:
+        if self.turns.now is not turn:
+          raise Fault("another question was asked before this answer was whole, and a model holds one at a time; "
+                      "take answers one after the other, or load the model twice")
+        step = next(rest, None)
+  return call
+
+
+class Tokenizer:
+  """path: a SentencePiece `tokenizer.model`. rows: of the embedding that its ids are for, image: the id that its model
+  has for <image>; None: not known. Raises Fault if it is no tokenizer, another model's, or lacks pieces Gemma needs."""
+
+  def __init__(self, path, rows=None, image=None):
     try:
-      data = Path(path).read_bytes() or b"nothing"  # of an empty file SentencePiece would complain for pages
+      data = Path(regular(path)).read_bytes() or b"nothing"  # of an empty file SentencePiece would complain for pages
       self.model = sentencepiece.SentencePieceProcessor(model_proto=data)
-    except (OSError, RuntimeError) as e:
+    except (OSError, RuntimeError, ValueError) as e:
       why = getattr(e, "strerror", None) or "not a SentencePiece model"
       raise Fault(f"{path}: {why}; download tokenizer.model again") from None
     names = [f"<loc{i:04d}>" for i in range(LOC)] + [f"<seg{i:03d}>" for i in range(SEG)] + ["<image>"]
     base = self.model.get_piece_size()
     known = [self.model.piece_to_id(name) for name in names]
     unknown = self.model.unk_id()
-    self.ids = {name: base + i if id == unknown else id for i, (name, id) in enumerate(zip(names, known))}
+    further = iter(range(base, base + len(names)))
+    self.ids = {name: next(further) if id == unknown else id for name, id in zip(names, known)}
     self.names = {id: name for name, id in self.ids.items()}
     self.bos, self.eos, self.newline = self.model.bos_id(), self.model.eos_id(), self.model.piece_to_id("\n")
     self.image = self.ids["<image>"]
     if self.bos < 0 or self.newline == unknown:
       raise Fault(f"{path} has no <bos> or no newline piece: it is not a PaliGemma tokenizer")
+    if image not in (None, self.image) or rows is not None and max(base - 1, self.ids["<seg127>"]) >= rows:
+      raise Fault(f"{path} is of another model: <image> is {self.image} in it, by config.json {image} of {rows} ids; take "
+                  "this model's own")
 
   def encode(self, text):
-    """str -> list of ids. <locNNNN> and <segNNN> are single ids; control names such as <bos> are plain text."""
+    """str -> list of ids. <locNNNN> and <segNNN> are single ids; control names such as <bos> are plain text. Raises
+    Fault."""
+    check_text(text)
     ids, end = [], 0
     for match in SPECIAL.finditer(text):
       ids += self._plain(text[end:match.start()]) + [self.ids[match.group()]]
@@ -76,6 +142,7 @@ class Tokenizer:
   def prompt(self, text):
     """str -> [bos, *text, newline], what follows the image tokens. The newline is tokenised with the text, as
     transformers does, so a prompt that itself ends in a newline gives the piece for two."""
+    check_text(text)
     return [self.bos] + self.encode(text + "\n")
 
   def piece(self, id):
@@ -84,7 +151,10 @@ class Tokenizer:
       return b"" if id == self.image else self.names[id].encode()
     if id >= self.model.get_piece_size() or self.model.is_control(id) or self.model.is_unknown(id):
       return b""
-    name = self.model.id_to_piece(id)
+    try:
+      name = self.model.id_to_piece(id)
+    except UnicodeDecodeError:
+      raise Fault(f"piece {id} of the tokenizer is damaged; download tokenizer.model again") from None
     return bytes([int(name[1:-1], 16)]) if self.model.is_byte(id) else name.replace("\u2581", " ").encode()
 
   def decode(self, ids):
@@ -92,13 +162,16 @@ class Tokenizer:
     return b"".join(map(self.piece, ids)).decode(errors="replace")
 
   def stream(self, ids):
-    """Iterable of ids -> pieces of text, each as soon as its last byte is there; joined they equal decode(ids)."""
-    utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    """Iterable of ids -> pieces of text, each as soon as its last byte is there; joined they equal decode(ids). The
+    generator returns the list of ids."""
+    utf8, seen = codecs.getincrementaldecoder("utf-8")(errors="replace"), []
     for id in ids:
+      seen.append(id)
       if text := utf8.decode(self.piece(id)):
         yield text
     if rest := utf8.decode(b"", final=True):
       yield rest
+    return seen
 
 
 def learn_characters(samples, folder):
@@ -110,7 +183,7 @@ def learn_characters(samples, folder):
     path.parent.mkdir(parents=True, exist_ok=True)
     if os.listdir(path.parent):
       raise Fault(f"{folder} is not empty; choose another --save")
-    with open(path, "wb") as file:
+    with open(path, "xb") as file:
       sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(text for _, *texts in samples for text in texts), model_writer=file, model_type="char",
         vocab_size=100000, hard_vocab_limit=False, character_coverage=1.0, normalization_rule_name="identity",
@@ -129,13 +202,13 @@ class Box:
 
 
 def parse_boxes(text, width, height):
-  """"<loc..><loc..><loc..><loc..> label ; ..." -> list of Box. What is not a box stays text."""
+  """"<loc..><loc..><loc..><loc..> label ; ..." -> list of Box. What is not a box, before it or around it, stays text."""
   boxes = []
   for part in text.split(";"):
-    match = re.fullmatch(r"\s*((?:<loc\d{4}>){4})((?:<seg\d{3}>)*)([^<>]*)", part)
+    match = re.fullmatch(rf"[^<>]*((?:{LOC_TOKEN}){{4}})((?:{SEG_TOKEN})*)([^<>]*)", part)
     if match:
       y1, x1, y2, x2 = (int(v) / 1023 for v in re.findall(r"\d{4}", match[1]))  # y before x; written as v * 1023
-      codes = tuple(map(int, re.findall(r"\d{3}", match[2])))
-      codes = codes if len(codes) == CODES and max(codes) < SEG else ()  # an answer cut short has a box and no mask
+      codes = tuple(map(int, re.findall(r"\d{3}", match[2])))[:CODES]  # of more the first, as in big_vision
+      codes = codes if len(codes) == CODES else ()  # an answer cut short has a box and no mask
       boxes.append(Box(match[3].strip(), (x1 * width, y1 * height, x2 * width, y2 * height), codes))
   return boxes

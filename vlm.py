@@ -27,7 +27,8 @@ from pathlib import Path
 from time import perf_counter
 from types import ModuleType, SimpleNamespace
 
-from tokenizer import Fault, Tokenizer, learn_characters, parse_boxes  # says what is not installed
+# First, because it says what is not installed.
+from tokenizer import Fault, Tokenizer, Turns, in_turn, learn_characters, parse_boxes, regular
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 from safetensors import SafetensorError, safe_open
@@ -88,6 +89,7 @@ class Config:
   vision: VisionConfig
   text: TextConfig
   eos: tuple = (1,)                    # ids that end an answer
+  image: int = None                    # the id of <image>, where the file tells it
 
 # ---- 2. Operations ----
 # In plain tinygrad: right on every device, and what kernels are tested against. Where examples/fast.py lies
@@ -99,8 +101,8 @@ def beside(name):
   """The module examples/<name>.py by its place, since a user may have another examples/; None without it."""
   package = sys.modules.setdefault("vlm_examples", ModuleType("vlm_examples"))  # they import each other
   package.__path__ = [str(ROOT / "examples")]
-  there = (ROOT / "examples" / f"{name}.py").exists()
-  return importlib.import_module(f"vlm_examples.{name}") if there else None
+  if (ROOT / f"examples/{name}.py").exists():
+    return importlib.import_module(f"vlm_examples.{name}")
 
 kernels, terminal = beside("fast"), beside("terminal")
 
@@ -321,17 +323,21 @@ class PaliGemma:
     self.multi_modal_projector = SimpleNamespace(linear=projector)
 
 # ---- 6. Pixels ----
-MAX_PIXELS = 100_000_000
-Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit only warns, on lines of its own; open_image refuses
+# Beyond twice this Pillow refuses before it decodes: a few kB can unpack to gigabytes.
+Image.MAX_IMAGE_PIXELS = 50_000_000
 
 def open_image(source):
   """Path, file object or PIL image -> upright RGB PIL image. Raises Fault."""
   try:
-    image = source if isinstance(source, Image.Image) else Image.open(source)
-    if image.width * image.height > MAX_PIXELS:  # before decoding: a few kB can unpack to gigabytes
-      raise ValueError(f"more than {MAX_PIXELS} pixels; make it smaller first")
-    image = ImageOps.exif_transpose(image)  # the picture as its viewer shows it: boxes are drawn on that
-    if "A" in image.getbands() or "transparency" in image.info:  # on white, as transformers does
+    image = source if isinstance(source, Image.Image) else Image.open(regular(source))
+    image.load()
+    try:
+      image = ImageOps.exif_transpose(image)  # the picture as its viewer shows it: boxes are drawn on that
+    except Exception:  # garbage beside the pixels, which are good
+      pass
+    if isinstance(image.info.get("transparency"), str):  # a text that has this name
+      del image.info["transparency"]
+    if image.has_transparency_data:  # on white, as transformers does
       image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
   except Exception as e:  # Pillow's readers raise whatever they stumble over
@@ -340,8 +346,8 @@ def open_image(source):
 def to_pixels(source, side):
   """Anything open_image takes, or a float32 array (3, S, S) in [-1, 1] as it is -> float32 (1, 3, S, S)."""
   if isinstance(source, np.ndarray):
-    if source.shape != (3, side, side):
-      raise Fault(f"pixels have shape {source.shape}, this model needs (3, {side}, {side})")
+    if source.shape != (3, side, side) or not (abs(source) <= 1).all():  # nor is NaN
+      raise Fault(f"pixels have shape {source.shape}, this model needs (3, {side}, {side}) from -1 to 1")
     return source.astype(np.float32)[None]
   # Squeezed to a square, not cropped: boxes are relative to each side, so they unsqueeze by themselves.
   image = open_image(source).resize((side, side), Image.Resampling.BICUBIC)
@@ -428,8 +434,8 @@ class VLM:
   def __init__(self, net, config, tokenizer, device, place):
     self.net, self.config, self.tokenizer, self.device, self.place = net, config, tokenizer, device, place
     self.bytes = sum(t.nbytes() for t in get_state_dict(net.language_model).values())  # that a token reads
-    self.programs, self.caches, self.features = {}, {}, {}
-    self.timings = dict.fromkeys(("load_s", "vision_s", "prefill_s", "decode_tok_s"), 0.0)
+    self.programs, self.caches, self.features, self.turns = {}, {}, {}, Turns()
+    self.timings = {"load_s": 0.0}  # a question adds its own
   def _run(self, key, function, *inputs):
     # No function holds self: a garbage collection on one of tinygrad's threads would wait for itself forever.
     if key[0] != "decode":  # by then the answer has begun, on the line that this would clear
@@ -477,7 +483,7 @@ class VLM:
   def prefix(self, images, prompts, max_tokens):
     """-> next token (B,) and logits (B, V) after the prefix, positions (B, C), the next slot."""
     prompts = [self.tokenizer.prompt(prompt) for prompt in prompts]
-    images = [image if isinstance(image, (list, tuple)) else [image] for image in images]
+    images = [image if isinstance(image, list | tuple) else [image] for image in images]
     if {len(row) for row in images} != {len(images[0]) or 1}:
       raise Fault("every row of a batch needs equally many pictures, at least one; give such rows one by one")
     P, longest = self.config.vision.patches * len(images[0]), max(map(len, prompts))
@@ -499,6 +505,7 @@ class VLM:
     token = token.numpy()
     self.timings |= {"vision_s": seen - start, "prefill_s": perf_counter() - seen, "decode_tok_s": 0.0}
     return token, logits, positions, P + T
+  @in_turn
   def tokens(self, images, prompts, **options):
     """Lists of B images and B prompts, options of Sampling -> for each step a list of B token ids, None in
     rows that have ended."""
@@ -517,7 +524,7 @@ class VLM:
         self.timings["decode_tok_s"] = step / (perf_counter() - start)
       if (token < 0).any():
         raise Fault("the logits are NaN: the weights are damaged, or too large for their number type", code=1)
-      if sampling.temperature > 0:
+      if sampling.temperature:
         token = np.array([sampling.draw(row, rng) for row, rng in zip(logits.numpy(), rngs)], np.int32)
       ended |= np.isin(token, self.config.eos)
       if ended.all():
@@ -525,21 +532,17 @@ class VLM:
       yield [None if end else id for end, id in zip(ended, token.tolist())]
   def stream(self, image, prompt, **options):
     """Yields the answer as str pieces, each as soon as it is known; then `answered` is the whole Answer."""
-    tokens = []
-    def ids():
-      for [token] in self.tokens([image], [prompt], **options):
-        tokens.append(token)
-        yield token
-    yield from self.tokenizer.stream(ids())
-    self.answered = self.answer(image, tokens)
+    ids = (id for [id] in self.tokens([image], [prompt], **options))
+    self.answered = self.answer(image, (yield from self.tokenizer.stream(ids)))
   def generate(self, images, prompts, **options):
     """Lists of B images and B prompts -> list of B Answers."""
-    steps = list(self.tokens(images, prompts, **options))
+    with self.turns:  # of another thread
+      steps = list(self.tokens(images, prompts, **options))
     rows = [[step[i] for step in steps if step[i] is not None] for i in range(len(images))]
     return [self.answer(image, row) for image, row in zip(images, rows)]
   def answer(self, image, tokens):
     """Token ids -> Answer. Boxes are in pixels of the (first) picture, or of an array's square."""
-    text, image = self.tokenizer.decode(tokens), image[0] if isinstance(image, (list, tuple)) else image
+    text, image = self.tokenizer.decode(tokens), image[0] if isinstance(image, list | tuple) else image
     size = image.shape[:0:-1] if isinstance(image, np.ndarray) else open_image(image).size
     return Answer(text, tokens, parse_boxes(text, *size))
 
@@ -551,10 +554,9 @@ TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I8": np.int8,
 def read_json(path):
   """-> the dict in a JSON file. Raises Fault."""
   try:
-    found = json.loads(Path(path).read_text())
+    return table(json.loads(Path(regular(path)).read_text()))
   except (OSError, ValueError, RecursionError) as e:
     raise Fault(f"{path}: {getattr(e, 'strerror', None) or 'not JSON'}; download the folder again") from None
-  return table(found)
 
 def table(found):
   return found if isinstance(found, dict) else {}
@@ -563,7 +565,7 @@ def read_config(path):
   """A published config.json -> Config; what is taken from it is checked. Raises Fault."""
   def check(right, found, key):
     if not right:
-      raise Fault(f"{path}: {key} {found.get(key)!r} is not understood; is it a PaliGemma config?")
+      raise Fault(f"{path}: {key} {repr(found.get(key))[:99]} is not understood; is it PaliGemma's?")
   def sizes(kind, found):
     """The dataclass of that kind; its fields are keys of this part of the file, null the default or off."""
     values = {}
@@ -593,7 +595,7 @@ def read_config(path):
   eos = more.get("eos_token_id") or top.get("eos_token_id") or text.get("eos_token_id") or 1
   eos = eos if isinstance(eos, list) else [eos]
   check(all(type(id) is int for id in eos), {"eos_token_id": eos}, "eos_token_id")
-  return Config(v, t, tuple(eos))
+  return Config(v, t, tuple(eos), top.get("image_token_index"))
 
 def canonical(name):
   """The name of a tensor in any published layout -> its path in PaliGemma, "" of what is no weight."""
@@ -608,10 +610,10 @@ def read_weights(folder):
   arrays = {}
   for file in sorted(folder.glob("model*.safetensors")) or [folder / "model.safetensors"]:
     try:
-      with safe_open(file, "numpy"):  # checks the header, and that the tensors fill the file without overlap
+      with safe_open(regular(file), "numpy"):  # checks the header, and that tensors fill the file alone
         data = np.asarray(np.memmap(file, np.uint8, "c"))
     except (SafetensorError, OSError, ValueError) as e:
-      raise Fault(f"{file}: not a complete safetensors file ({e}); download it again") from None
+      raise Fault(f"{file}: not a complete safetensors file ({str(e)[:300]}); get it again") from None
     start = 8 + data[:8].view(np.uint64).item()
     for name, t in json.loads(data[8:start].tobytes()).items():
       path = canonical(name)
@@ -669,9 +671,8 @@ def load(folder, device=None, place=upload):
   """A PaliGemma folder (config.json, *.safetensors, tokenizer.model) -> VLM. place: what makes arrays into
   tensors, see examples/shard.py. Raises Fault."""
   start, folder = perf_counter(), Path(folder)
-  config, tokenizer = read_config(folder / "config.json"), Tokenizer(folder / "tokenizer.model")
-  if max(tokenizer.model.get_piece_size(), tokenizer.ids["<seg127>"]) >= config.text.vocab_size:
-    raise Fault(f"{folder}: the tokenizer has more pieces than the embedding has rows; take this model's own")
+  config = read_config(folder / "config.json")
+  tokenizer = Tokenizer(folder / "tokenizer.model", config.text.vocab_size, config.image)
   device, arrays = find_device(device), read_weights(folder)
   model = VLM(assemble(config, arrays, device, place), config, tokenizer, device, place)
   model.folder, model.arrays = folder, arrays  # a tensor over borrowed memory does not keep it alive
@@ -775,7 +776,7 @@ def program(work):
     log.handlers = [(terminal or logging).StreamHandler()]
     log.setLevel("CRITICAL" if "--quiet" in (argv or sys.argv) else "DEBUG" if terminal else "INFO")
     try:
-      return work(argv) or 0
+      return (terminal.run(work, argv) if terminal else work(argv)) or 0
     except Fault as e:
       log.critical(f"{Path(work.__code__.co_filename).stem}: {e}")
       return e.code
@@ -813,8 +814,9 @@ def ask(model, args, images, prompt):
     print("" if args.json else piece, end="", flush=True)
   answer, t = model.answered, model.timings
   drawing = terminal and terminal.Drawing(pictures[0], answer, model.folder, model.device)
-  boxes = drawing.entries if drawing else [asdict(box) for box in answer.boxes]
-  print(json.dumps(answer._asdict() | {"boxes": boxes, "timings": t}) if args.json else "", flush=True)
+  boxes = drawing.entries if drawing else answer.boxes
+  print(json.dumps(answer._asdict() | {"boxes": boxes, "timings": t}, default=asdict)
+        if args.json else "", flush=True)
   if drawing:
     drawing.save(args, images)
   log.info(f"load {t['load_s']:.2f} s, vision {t['vision_s']:.2f} s, prefill {t['prefill_s']:.2f} s, "
@@ -830,7 +832,7 @@ def main(argv):
   p.add_argument("--json", action="store_true", help="one JSON object instead of text")
   p.add_argument("--train", action="store_true", help="a small model, on drawn shapes or IMAGE, a folder")
   p.add_argument("--steps", type=int, default=1000, help="of --train (default: %(default)s)")
-  p.add_argument("--save", type=Path, default=ROOT / "weights" / "mine", help="of --train: a new folder")
+  p.add_argument("--save", type=Path, default=ROOT / "weights/mine", help="of --train: a new folder")
   add_arguments(p)
   if terminal:
     terminal.add_arguments(p)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vlm.py, wherever this is started from
 import vlm
+from tokenizer import regular
 from vlm import Fault
 
 try:
@@ -139,9 +140,9 @@ class Row:
 def read_list(path):
   """-> [Row], blank lines left out. Raises Fault."""
   try:
-    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-  except OSError as e:
-    raise Fault(f"{path}: {e.strerror}; LIST is a file with a JSON object on each line") from None
+    lines = regular(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+  except (OSError, ValueError) as e:
+    raise Fault(f"{path}: {getattr(e, 'strerror', e)}; LIST is a file with a JSON object on each line") from None
   rows = [Row(i, line, path.parent) for i, line in enumerate(lines, 1) if line.strip()]
   if not rows:
     raise Fault(f"{path} is empty; it takes lines like " + '{"image": "a.jpg", "prompt": "caption en"}')
@@ -176,6 +177,8 @@ class Answers:
         if os.path.exists(other) and os.path.samestat(os.stat(other), known):
           raise Fault(f"--out {path} is the list or one of its pictures; choose another name")
     try:
+      if not self.created:
+        regular(path)
       self.file = open(path, "a+b", buffering=0)
       if flock:
         flock(self.file, LOCK_EX | LOCK_NB)
@@ -276,8 +279,8 @@ def main(argv):
   args = p.parse_args(argv)
   vlm.terminal.check_sampling(args)
   options = vlm.sampling(args)
-  if args.batch_size < 1:
-    raise Fault("--batch-size: at least 1")
+  if not 1 <= args.batch_size <= 10_000:
+    raise Fault("--batch-size: at least 1, at most 10000")
   source = Path(args.list)
   answers = Answers(Path(args.out), read_list(source), source)
   with answers.file:

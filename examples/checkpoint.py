@@ -86,7 +86,8 @@ class Later:
 def refuse_to_overwrite(folder):
   """Raises Fault if there is a checkpoint, or part of one, where a new one is to be written."""
   small = [folder / name for name in ("config.json", "tokenizer.model", MASKS)]
-  if there := [file for file in (*folder.glob("*.safetensors*"), *small) if file.exists()]:
+  large = [file for file in folder.glob("*.safetensors*") if file.suffix != ".part"]  # which a kill has left
+  if there := [file for file in (*large, *small) if os.path.lexists(file)]:
     raise vlm.Fault(f"{there[0]} is there already and would be lost; choose another folder")
 
 

@@ -56,7 +56,8 @@ def encode(w, image):
     x = np.lib.stride_tricks.sliding_window_view(x, weight.shape[2:], (1, 2))[:, ::stride, ::stride]
     # (c, s', s', k, k) with (c', c, k, k) -> (c', s', s')
     return np.tensordot(weight, x, ((1, 2, 3), (0, 3, 4))) + w[f"{name}.bias"][:, None, None]
-  x = image[None]
+  off, on = w[draw.RANGE]
+  x = image[None] * (on - off) + off
   for name in draw.DOWN:
     x = conv(x, name, 2, 1).clip(0)
   for n in (8, 9):
@@ -173,7 +174,7 @@ def train(path, steps, count):
         print(f"step {i + 1}: cross-entropy {value.item():.4f}", flush=True)
   vlm.log.debug("")
   data = io.BytesIO()
-  np.savez(data, **{name: t.numpy() for name, t in w.items()})
+  np.savez(data, **{name: t.numpy() for name, t in w.items()}, **{draw.RANGE: np.float32([0, 1])})
   try:
     checkpoint.write_file(path, [data.getvalue()])
   except OSError as e:
@@ -211,8 +212,8 @@ def main(argv):
       setattr(args, option, default)
     elif args.eval is not None:
       raise vlm.Fault(f"--{option} goes with --train")
-    elif value < 1:
-      raise vlm.Fault(f"--{option}: at least 1")
+    elif not 1 <= value <= 100_000:
+      raise vlm.Fault(f"--{option}: at least 1, at most 100000")
   if args.train is not None:
     train(args.train, args.steps, args.batch)
   evaluate(args.eval if args.train is None else args.train)

@@ -9,22 +9,24 @@ toy (see codebook.py). Sizes are read from the file.
 import base64
 import functools
 import io
+import itertools
 import os
-import zipfile
-import zlib
+import tempfile
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont, PngImagePlugin
 from tinygrad import Tensor, TinyJit
 
-from tokenizer import SEG, Fault
+from tokenizer import SEG, Fault, regular
 
 # Okabe's and Ito's, which everybody can tell apart, and a light and a dark one more.
 COLORS = ["#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7", "#ffffff", "#332288"]
 CURVES = "#4363d8", "#e6194b"
 SMALL, ENLARGED = 128, 256  # longer sides: a picture below the one is drawn as large as the other
 NAME, GRID, SIDE = "vae-oid.npz", 4, 64         # file, codes and pixels a side
+OURS = "vlm.py, boxes"                          # a text in the PNG files that save_picture writes
+RANGE, BIG_VISION = "encoder_range", (-1, 1)    # an array of 2: what a mask's off and on are to the encoder; without it
 EMBEDDING = "_vq_vae._embedding"                # the codebook (128, E)
 UP = [f"decoder.{n}" for n in (4, 6, 8, 10)]    # transposed convolutions, each twice as large: 4 -> 64
 DOWN = [f"encoder.{n}" for n in (0, 2, 4, 6)]   # convolutions, each half as large: 64 -> 4
@@ -200,23 +202,67 @@ def shrink(mask, steps):
 def check_output(path, inputs):
   """A picture is only written where it can be, and never over an input: known before the work, not after."""
   path = Path(path)
-  if path.suffix.lower() not in Image.registered_extensions():
-    raise Fault(f"{path}: the name must end in a picture format, such as .png")
+  if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:  # some are only read
+    raise Fault(f"{path}: the name must end in a picture format that can be written, such as .png")
+  try:
+    os.stat(path)
+  except FileNotFoundError:
+    pass
+  except OSError as e:  # a name too long, say
+    raise Fault(f"{path}: {e.strerror}; choose another name") from None
   if any(Path(name).exists() and path.exists() and path.samefile(name) for name in inputs):
     raise Fault(f"{path} is the input picture; choose another name")
-  if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+  if path.exists() and not path.is_file() or not os.access(path if path.exists() else path.parent, os.W_OK):
     raise Fault(f"{path}: cannot be written; choose another place")
 
 
 def save_picture(image, path, inputs):
-  """The whole picture or none: encoded first, then written. Raises Fault."""
+  """The whole picture or none: encoded first, written beside its place, then put there. Raises Fault."""
   check_output(path, inputs)
-  data = io.BytesIO()
-  image.save(data, Image.registered_extensions()[Path(path).suffix.lower()])
+  path, data, info = Path(path).resolve(), io.BytesIO(), PngImagePlugin.PngInfo()
+  info.add_text("Software", OURS)
+  kind, part = Image.registered_extensions()[path.suffix.lower()], None
   try:
-    Path(path).write_bytes(data.getvalue())
+    image.save(data, kind, **({"pnginfo": info} if kind == "PNG" else {}))
+  except Exception as e:  # too large for the format, or of a mode that it does not know
+    raise Fault(f"{path}: a {kind} of this picture cannot be written ({e}); take .png") from None
+  try:
+    number, part = tempfile.mkstemp(".part", dir=path.parent)
+    with open(number, "wb") as file:
+      file.write(data.getvalue())
+    mode = path.stat().st_mode if path.exists() else 0o666 & ~umask()
+    os.chmod(part, mode & 0o777)
+    os.replace(part, path)
   except OSError as e:
     raise Fault(f"{path}: {e.strerror}", code=1) from None
+  finally:
+    if part and os.path.exists(part):
+      os.unlink(part)
+
+
+def umask():
+  """What this process takes from the rights of new files; it can only be asked by setting it."""
+  os.umask(mask := os.umask(0))
+  return mask
+
+
+def own_name(picture):
+  """-> where the boxes of a picture go if nobody says: NAME.boxes.png here, with a number where a file of that name is
+  none that save_picture wrote."""
+  stem = os.fsencode(Path(picture).stem)[:200]  # a name has 255 bytes at most
+  stem = os.fsdecode(stem if len(stem) < 200 else stem.decode(errors="ignore").encode())
+  for number in itertools.count(1):
+    path = Path(f"{stem}.boxes{'' if number == 1 else f'-{number}'}.png")
+    if not os.path.lexists(path) or is_ours(path):
+      return path
+
+
+def is_ours(path):
+  try:
+    with Image.open(regular(path)) as image:
+      return image.info.get("Software") == OURS
+  except Exception:  # whatever Pillow stumbles over: no picture of ours
+    return False
 
 
 def entry(box, mask=None):
@@ -263,7 +309,7 @@ def encoder_shapes(E, widths, inner):
 def read(path, part="decoder"):
   """The arrays that `part`, decoder or encoder, needs, as float32. Raises Fault."""
   try:
-    with np.load(path) as file:
+    with np.load(regular(path)) as file:
       arrays = {name: file[name] for name in file.files if name == EMBEDDING or name.startswith(part)}
     size = lambda name, axis=0: arrays[f"{name}.weight"].shape[axis]
     inner = [size(f"{part}.{n}.net.0") for n in ((2, 3) if part == "decoder" else (8, 9))]
@@ -271,7 +317,8 @@ def read(path, part="decoder"):
     if part == "decoder":
       expected = decoder_shapes(E, [size("decoder.0"), *(size(name, 1) for name in UP)], inner)
     else:
-      expected = encoder_shapes(E, [size(name) for name in DOWN], inner) | {EMBEDDING: (SEG, E)}
+      arrays.setdefault(RANGE, np.array(BIG_VISION, np.float32))
+      expected = encoder_shapes(E, [size(name) for name in DOWN], inner) | {EMBEDDING: (SEG, E), RANGE: (2,)}
     arrays = {name: arrays[name].astype(np.float32, casting="same_kind") for name in expected}  # no others
     wrong = [name for name, shape in expected.items()
              if arrays[name].shape != shape or not np.isfinite(arrays[name]).all()]
@@ -284,8 +331,7 @@ def read(path, part="decoder"):
     problem = f"{e} is missing"
   except (IndexError, TypeError, AttributeError):  # a shape too short, no numbers, or an npy file: no names
     problem = "its tensors have too few dimensions, no numbers, or no names"
-  except (OSError, ValueError, EOFError, MemoryError, NotImplementedError, zipfile.BadZipFile,
-          zlib.error) as e:
+  except Exception as e:  # numpy's reader raises whatever it stumbles over
     problem = f"not a complete npz file: {e}"
   raise Fault(f"{path}: {problem}; this is not the VQ-VAE of PaliGemma's masks; get {NAME} again")
 

@@ -9,6 +9,7 @@ tinygrad's private interfaces are used in this file only: Buffer.copyin, Tensor.
 given as C (Ops.PROGRAM), Opt lists of a kernel, ClangRenderer and friends to know what a device compiles, the
 pickling of a TinyJit, DEV, CPU_COUNT and LLVM's context.
 """
+import atexit
 import contextlib
 import ctypes.util
 import functools
@@ -21,7 +22,9 @@ import os
 import pickle
 import platform
 import shutil
+import sqlite3
 import stat
+import subprocess
 import sys
 import tempfile
 import time
@@ -29,10 +32,12 @@ import types
 from pathlib import Path
 
 import numpy as np
+
+os.environ.setdefault("PATH", os.defpath)  # or tinygrad could not be imported
 from tinygrad import Device, Tensor, TinyJit, UOp, dtypes
 from tinygrad.codegen.opt import Opt, OptOps
 from tinygrad.device import Buffer
-from tinygrad.helpers import CPU_COUNT, DEV
+from tinygrad.helpers import CACHEDB, CACHELEVEL, CPU_COUNT, DEV
 from tinygrad.nn.state import get_state_dict
 from tinygrad.renderer import Estimates
 from tinygrad.renderer.cstyle import ClangRenderer, MetalRenderer
@@ -45,10 +50,16 @@ from tokenizer import Fault
 PORTABLE = False  # True, in tests: without AVX512-BF16 instructions, as on other CPUs
 FORMATS = {dtypes.float32: 32, dtypes.float16: 16, dtypes.uint16: 16, dtypes.int8: 8, dtypes.uint8: 4}  # bits
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "vlm"
+WRAPPER = "zig-clang"  # in CACHE
 KEPT = 100  # files; the one unused for longest goes first. 0: none is read or written
 ROOM = 100_000_000  # bytes of them together; one has half a megabyte at most
 CHUNK = 512  # queries at a time, or memory would grow with the square of the picture: gigabytes at 896 pixels
 GPUS = "/dev/nvidia*", "/dev/kfd", "/dev/dri", "/dev/kgsl*", "/dev/dxg"  # what Linux calls them
+
+
+FORKED = []  # not empty in a process that was forked off one with a device: tinygrad's threads are not in it
+if hasattr(os, "register_at_fork"):
+  os.register_at_fork(after_in_child=lambda: FORKED.extend(Device._opened_devices))
 
 
 # ---- 1. What vlm.py calls ----
@@ -106,6 +117,9 @@ def upload(array, device, name=None):
   """A weight is a view of its mapped file on a CPU, neither read nor copied before it is used: where
   tinygrad's own kernels find it aligned, and those of this file at any address. All else is copied at once:
   Tensor(array).realize() takes 2 ms, 130 the first time, since it schedules a copy."""
+  if FORKED:
+    raise Fault("this process is a fork of one that has used a model, and would wait forever; start it with the "
+                "multiprocessing method spawn, or load the model after the fork only", code=1)
   if isinstance(device, tuple):  # whole on each
     return upload(array, device[0]).shard(device).realize()
   if isinstance(array, Packed):
@@ -131,9 +145,15 @@ def join_scales(arrays, shapes):
 
 
 def open_device(name):
+  if not 1 <= CPU_COUNT.value <= 1024:
+    raise Fault(f"CPU_COUNT={CPU_COUNT.value}: at least 1, at most 1024")
+  if not compiler_cache():
+    CACHELEVEL.value = 0
   if name is None and not DEV.device and sys.platform == "linux" and not any(map(glob.glob, GPUS)):
     DEV.value = "CPU"  # tinygrad would come to this too, after it has imported all its drivers: 0.4 s
   name = Device.canonicalize(name)
+  if name.partition(":")[0] in ("NULL", "DISK", "NPY"):
+    raise Fault("it computes nothing")
   if name.startswith("CPU"):
     find_compiler()
   if isinstance(Device[name].renderer, LLVMRenderer) and hasattr(llvm.dll, "LLVMContextSetOpaquePointers"):
@@ -202,28 +222,71 @@ def forward_in_c(x):
   return runs_c(x.device) and not Tensor.training
 
 
+def compiler_cache():
+  """Whether tinygrad's own cache, a database of compiled kernels, can be used; what cannot would raise in the middle."""
+  try:
+    if not CACHE.is_absolute():  # no home folder
+      return False
+    Path(CACHEDB).parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.closing(sqlite3.connect(CACHEDB, timeout=60)) as base:
+      base.execute("PRAGMA user_version=0")  # writes
+      base.execute("SELECT name FROM sqlite_master").fetchall()
+    return True
+  except (OSError, ValueError, sqlite3.Error):
+    return False
+
+
 # ---- 2. C on a CPU ----
 
 
 def find_compiler():
   """tinygrad's CPU device calls clang. Without one: zig's (from PyPI), libLLVM, or tinygrad's slow
   assembler."""
-  if "CC" in os.environ or DEV.renderer or shutil.which("clang"):
+  named = os.environ.get("CC")
+  if DEV.renderer or named and (named == str(CACHE / WRAPPER) or is_clang(named)):
+    return
+  if named:
+    print(f"CC={named} is not used: it compiles nothing, or is no clang, which tinygrad needs", file=sys.stderr)
+  os.environ.pop("CC", None)
+  if shutil.which("clang"):
     return
   try:
     import ziglang
-    wrapper = cache_folder() / "zig-clang"
     text = f"#!/bin/sh\nexec '{Path(ziglang.__file__).with_name('zig')}' clang \"$@\"\n".encode()
-    known = None
-    with contextlib.suppress(OSError):
-      known = read_file(wrapper)
-    if known != text:
-      write_file(wrapper, text, 0o700)
-    os.environ["CC"] = str(wrapper)
+    os.environ["CC"] = str(kept_wrapper(text))
   except (ImportError, OSError):
     found = any(ctypes.util.find_library(f"LLVM{v}") for v in ("", *(f"-{n}" for n in range(15, 22))))
     DEV.value = "CPU:LLVM" if found else "CPU:X86"
     print("no C compiler, so answers come slowly; `pip install ziglang`, or install clang", file=sys.stderr)
+
+
+def is_clang(name):
+  """Whether that compiler takes what tinygrad says to it."""
+  target = f"--target={platform.machine()}-none-unknown-elf"
+  command = [name, "-c", "-x", "c", target, "-march=native", "-", "-o", "-"]
+  with contextlib.suppress(OSError, subprocess.SubprocessError):
+    return subprocess.run(command, input=b"", capture_output=True, timeout=60).returncode == 0
+  return False
+
+
+def kept_wrapper(text):
+  """-> the path of a program of that text, in CACHE, or in a folder of this process where CACHE cannot be written or
+  holds nothing that can be run. Raises OSError."""
+  with contextlib.suppress(OSError):
+    path, known = cache_folder() / WRAPPER, None
+    with contextlib.suppress(OSError):
+      known = read_file(path)
+    if known != text:
+      write_file(path, text, 0o700)
+    if os.access(path, os.X_OK):
+      return path
+  folder = tempfile.mkdtemp()
+  atexit.register(shutil.rmtree, folder, ignore_errors=True)
+  os.environ["ZIG_GLOBAL_CACHE_DIR"] = folder
+  path = Path(folder) / WRAPPER
+  path.write_bytes(text)
+  path.chmod(0o700)
+  return path
 
 
 @functools.cache

@@ -3,7 +3,7 @@ import csv
 import json
 from pathlib import Path
 
-from tokenizer import Fault
+from tokenizer import Fault, check_text, regular
 
 QUESTION = "caption en"  # where only the answer is given
 
@@ -36,7 +36,7 @@ def from_lines(path):
       example = json.loads(line) if line.strip() else None
       if example:
         image, question, answer = (example[key] for key in ("image", "prefix", "suffix"))
-        found.append((path.parent / image, question + "", answer.strip() + ""))
+        found.append((path.parent / (image + ""), question + "", answer.strip() + ""))
         checked(found[-1])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
       raise Fault(f"{path}, line {number}: needs image, prefix and suffix, three strings, as JSON") from None
@@ -49,7 +49,7 @@ def from_table(path):
   found = []
   try:
     for number, row in enumerate(csv.reader(read_text(path).splitlines(), strict=True), 1):
-      if number == 1 and row and not (path.parent / row[0]).is_file():
+      if number == 1 and row and not is_file(path.parent / row[0]):
         continue  # the names of the columns
       if row and len(row) != 2:
         raise Fault(f"{path}, line {number}: {len(row)} columns; an image and its caption are two")
@@ -64,16 +64,25 @@ def from_table(path):
   return found
 
 
+def is_file(path):
+  try:
+    return path.is_file()
+  except (OSError, ValueError):  # no name that a file can have
+    return False
+
+
 def read_text(path):
   try:
-    return path.read_text()
+    return regular(path).read_text("utf-8-sig")
   except (OSError, ValueError) as e:
     raise Fault(f"{path}: {getattr(e, 'strerror', None) or 'not UTF-8'}") from None
 
 
 def checked(sample):
-  path, _, answer = sample
-  if not path.is_file():
+  path, *texts = sample
+  for text in texts:
+    check_text(text)
+  if not is_file(path):
     raise Fault(f"{path.name}: no such image")
-  if not answer:
+  if not texts[1]:
     raise Fault("the text is empty")

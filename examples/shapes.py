@@ -11,6 +11,7 @@ y2). """
 import functools
 import io
 import json
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -241,7 +242,7 @@ def wanted(scene, label):
 
 
 def locations(box, width, height):
-  """Box in pixels -> "<locY1><locX1><locY2><locX2>", 1024ths of the picture's own height and width. Rounded
+  """Box in pixels -> "<locY1><locX1><locY2><locX2>", 1023rds of the picture's own height and width. Rounded
   to PLACES of them: finer than the model's pixels they would be noise, over which a likeliest token spreads
   so thin that the end of the answer is likelier."""
   x1, y1, x2, y2 = box
@@ -321,7 +322,13 @@ def example(seed, i):
 
 
 def make_tokenizer(path):
-  """Write a SentencePiece model of 424 pieces with Gemma's options, in which every word of the questions and
+  """Write the toy's tokenizer."""
+  Path(path).write_bytes(tokenizer_model())
+
+
+@functools.cache
+def tokenizer_model():
+  """-> the bytes of a SentencePiece model of 424 pieces with Gemma's options, in which every word of the questions and
   answers, with its leading space, is one piece. The ids of <loc>, <seg> and <image> follow its own, as in hub
   checkpoints."""
   import sentencepiece
@@ -337,7 +344,7 @@ def make_tokenizer(path):
     required_chars="abcdefghijklmnopqrstuvwxyz0123456789,;?", pad_id=0, eos_id=1, bos_id=2, unk_id=3,
     pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>", unk_piece="<unk>",
     user_defined_symbols=["<mask>", "\n", "\n\n", "\n\n\n", "\u2581\u2581", "\u2581\u2581\u2581"])
-  Path(path).write_bytes(model.getvalue())
+  return model.getvalue()
 
 
 # ---- 4. Measuring a model ----
@@ -425,7 +432,10 @@ EXAMPLES = {"shapes.png": 120, "shapes-one.png": 106, "shapes-two.png": 129, "sh
 def make(folder, count, seed):
   """Pictures and data.jsonl, one question a picture, as train.py takes them."""
   folder.mkdir(parents=True, exist_ok=True)
-  with open(folder / "data.jsonl", "w") as lines:
+  for name in ("data.jsonl", *(f"{i:06d}.png" for i in range(count))):
+    if os.path.lexists(folder / name):
+      raise vlm.Fault(f"{folder / name} is there already and would be lost; choose another folder")
+  with open(folder / "data.jsonl", "x") as lines:
     for i in range(count):
       image, prefix, suffix = example(seed, i)
       image.save(folder / f"{i:06d}.png")
@@ -435,8 +445,12 @@ def make(folder, count, seed):
 def make_examples(folder):
   folder.mkdir(parents=True, exist_ok=True)
   for name, i in EXAMPLES.items():
-    drawn = scene(EXAMPLE_SEED, i, (448, 336))
-    drawn.image.save(folder / name)
+    drawn, data = scene(EXAMPLE_SEED, i, (448, 336)), io.BytesIO()
+    drawn.image.save(data, "PNG")
+    path = folder / name
+    if folder != Path(__file__).resolve().parent and path.exists() and path.read_bytes() != data.getvalue():
+      raise vlm.Fault(f"{path} is there already and would be lost; choose another folder")
+    path.write_bytes(data.getvalue())
     print(f"{name}: {caption(drawn)}")
 
 

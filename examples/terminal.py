@@ -4,15 +4,18 @@ which hands over the model's folder and the answer."""
 import argparse
 import atexit
 import contextlib
+import errno
 import importlib
 import logging
 import os
 import re
 import shlex
+import signal
 import sys
 import tempfile
 import threading
 import time
+import warnings
 from pathlib import Path
 
 from PIL import Image
@@ -29,6 +32,36 @@ MOVED = {"--init": "train", "--resume": "train", "--batch": "batch", "--batch-si
 
 
 STAGES = {"vision": "looking", "prefill": "reading"}  # programs of vlm.py, as what a person waits for
+
+
+def run(work, argv):
+  """A program's work, with streams that may be closed, full, of few characters, or end early -> exit code. Raises Fault."""
+  for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+    if getattr(sys, name) is None:  # closed by who started this
+      setattr(sys, name, open(os.devnull, mode))
+    with contextlib.suppress(AttributeError, ValueError):  # a stream that a test has put there
+      getattr(sys, name).reconfigure(errors="surrogateescape" if name == "stdin" else "backslashreplace")
+  main = threading.current_thread() is threading.main_thread()
+  before = main and signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by the way of every `finally`
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore")  # Pillow's and numpy's own lines
+      code = work(argv)
+    sys.stdout.flush()
+    return code
+  except MemoryError:
+    raise Fault("out of memory; ask for less at once", code=1) from None
+  except OSError as e:
+    if e.filename is not None or e.errno not in (errno.ENOSPC, errno.EPIPE, errno.EBADF, errno.EIO):
+      raise Fault(f"{f'{e.filename}: ' if e.filename else ''}{e.strerror or e}", code=1) from None
+    with contextlib.suppress(OSError, ValueError):  # or Python would say it once more at its end
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(e, BrokenPipeError):  # who reads has seen enough
+      return 1
+    raise Fault(f"stdout: {e.strerror or e}", code=1) from None
+  finally:
+    if main:
+      signal.signal(signal.SIGTERM, before)
 
 
 class StreamHandler(logging.Handler):
@@ -163,7 +196,7 @@ def find_weights(name, root):
   main = hub / "refs" / "main"
   cached = hub / "snapshots" / (main.read_text().strip() if main.is_file() else "none")
   for place in (folder, root / "weights" / folder, root / "weights" / folder.name, cached):
-    if name and place.exists():
+    if name and os.path.exists(place):  # False of a name too long, too
       return place
   get = (f"; accept its licence at huggingface.co/{name}, then: hf download {name} --local-dir "
          f"weights/{folder.name}" if name.count("/") == 1 else "")
@@ -357,7 +390,7 @@ class Drawing:
       log.info(f"{box.label:{width}}  ({x1}, {y1}) to ({x2}, {y2})")
     if self.boxes:
       from . import draw
-      first = Path(args.out or f"{Path(images[0]).stem}.boxes.png")
+      first = Path(args.out or draw.own_name(images[0]))
       args.drawn.append(first)
       count = args.drawn.count(first)
       out = first.with_stem(f"{first.stem}-{count}") if count > 1 else first

@@ -26,10 +26,12 @@ def test_encoder_and_decoder_of_the_toy():
   assert np.mean(overlaps) > .96 and min(overlaps) > .9
   assert (TOY / "vae-oid.npz").stat().st_size < 1_500_000
 
-def test_the_encoder_is_the_one_worked_out_by_hand():
+@pytest.mark.parametrize("off,on", [(0, 1), (-1, 1)])
+def test_the_encoder_is_the_one_worked_out_by_hand(off, on):
   w = random_weights(draw.encoder_shapes(5, (6, 7, 8, 9), (4, 3)) | {"_vq_vae._embedding": (128, 5)})
+  w |= {draw.RANGE: np.float32([off, on])}
   image = np.random.default_rng(0).random((64, 64), np.float32)
-  x, layer = image[None], lambda name: (w[f"encoder.{name}.weight"], w[f"encoder.{name}.bias"])
+  x, layer = off + (on - off) * image[None], lambda name: (w[f"encoder.{name}.weight"], w[f"encoder.{name}.bias"])
   for name in ("0", "2", "4", "6"):  # a stride of two: every second pixel of the whole convolution
     x = np.maximum(convolution(x, *layer(name), pad=1)[:, ::2, ::2], 0)
   for block in ("8", "9"):
@@ -40,6 +42,13 @@ def test_the_encoder_is_the_one_worked_out_by_hand():
   nearest = [int(np.argmin([((z[:, i, j] - row) ** 2).sum() for row in w["_vq_vae._embedding"]]))
              for i in range(4) for j in range(4)]
   assert codebook.encode(w, image) == nearest and len(set(nearest)) > 3
+
+def test_a_file_says_what_its_encoder_was_trained_on(tmp_path):
+  toy = ROOT / "weights" / "toy" / draw.NAME
+  assert draw.read(toy, "encoder")[draw.RANGE].tolist() == [0, 1]
+  with np.load(toy) as file:
+    np.savez(tmp_path / draw.NAME, **{name: file[name] for name in file.files if name != draw.RANGE})
+  assert draw.read(tmp_path / draw.NAME, "encoder")[draw.RANGE].tolist() == [-1, 1]  # big_vision's 2 * (m - .5)
 
 def start(folder, *arguments):
   command = [sys.executable, ROOT / "examples/codebook.py", *map(str, arguments)]

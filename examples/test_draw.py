@@ -2,8 +2,10 @@
 import base64
 import io
 import json
+import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from PIL import Image, ImageColor, ImageDraw
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vlm.py, wherever this is started from
 import shapes
 import vlm
-from tokenizer import Box, parse_boxes
+from tokenizer import Box, Fault, parse_boxes
 
 draw = vlm.beside("draw")
 ROOT = Path(__file__).resolve().parents[1]
@@ -153,12 +155,38 @@ def test_several_objects(folder):
     assert mask.any()
   assert masks[2] is None and not (masks[0][:, 41:].any() or masks[1][:30].any())
 
-@pytest.mark.parametrize("codes", [CODES[0][:15], CODES[0] + (3,), (), (128,) + CODES[0][1:]])
+@pytest.mark.parametrize("codes", [CODES[0][:15], ()])
 def test_a_box_without_all_its_codes_has_no_mask(codes, folder):
   found = Masks(folder())
   box, = parse_boxes(f"{loc(0, 0, 9, 9)}{seg(codes)} cat", 80, 60)
   assert box.codes == () and found(box, 80, 60) is None and box.label == "cat"
   assert found.program is None  # its file is not read for nothing
+
+def test_more_codes_and_none_of_paligemma():
+  box, = parse_boxes(f"{loc(0, 0, 9, 9)}{seg(CODES[0] + (3,))} cat", 80, 60)
+  assert box.codes == CODES[0]  # the first of them, as in big_vision
+  assert parse_boxes(f"{loc(0, 0, 9, 9)}{seg((128,) + CODES[0][1:])} cat", 80, 60) == []
+
+def test_pictures_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  picture = Image.new("RGB", (40, 30), "red")
+  (tmp_path / "a.png").write_text("mine")
+  with monkeypatch.context() as patch:
+    patch.setattr(draw.os, "replace", mock.Mock(side_effect=OSError(28, "No space left on device")))
+    with pytest.raises(Fault, match="a.png: No space"):
+      draw.save_picture(picture, "a.png", [])
+  assert [file.name for file in tmp_path.iterdir()] == ["a.png"] and (tmp_path / "a.png").read_text() == "mine"
+  (tmp_path / "photo.boxes.png").write_text("mine")
+  picture.save("photo.boxes-2.png")
+  for _ in range(2):  # the second time over its own
+    draw.save_picture(picture, draw.own_name("folder/photo.jpg"), [])
+  assert sorted(file.name for file in tmp_path.iterdir()) == ["a.png", *(f"photo.boxes{n}.png" for n in ("-2", "-3", ""))]
+  assert len(os.fsencode(draw.own_name("x" * 250 + ".png"))) < 256 > len(os.fsencode(draw.own_name("ö" * 120 + ".png")))
+
+@pytest.mark.parametrize("name", ["x.psd", "x.cur", "x.fli", "x.pcd", "y" * 300 + ".png", "x.txt"])
+def test_formats_that_are_not_written(name, tmp_path):
+  with pytest.raises(Fault, match="must end in|too long"):
+    draw.check_output(tmp_path / name, [])
 
 def test_outline_and_overlay():
   image, mask = Image.new("RGB", (190, 180), (200, 200, 200)), np.zeros((180, 190), bool)

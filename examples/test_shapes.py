@@ -322,7 +322,7 @@ def call_all_cats(answer):
   (lambda p, a: call_all_cats(a) if p[:7] == "segment" else a, "segment, mean IoU"),
   (lambda p, a: f"{a} ; {a}" if p[:7] == "segment" else a, "segment, mean IoU"),
   (lambda p, a: re.sub("<seg...>", "", a), "segment, mean IoU"),
-  (lambda p, a: a.replace("<seg", "<seg000><seg", 1), "segment, mean IoU"),
+  (lambda p, a: a.replace("<seg", "<loc0000><seg", 1), "segment, mean IoU"),
 ])
 def test_a_wrong_model_fails(spoil, row, capsys):
   assert shapes.evaluate(Fake(spoil), 30) is False

@@ -408,12 +408,50 @@ BAD = {
   "three strings": b"[1, 2]",
   "three strings ": b'{"image": "0.png", "prefix": "x"}',
   "three strings  ": b'{"image": "0.png", "prefix": "x", "suffix": 3}',
+  "three strings   ": b'{"image": null, "prefix": "x", "suffix": "y"}',
+  "three strings    ": b'{"image": 5, "prefix": "x", "suffix": "y"}',
+  "three strings     ": b'{"image": ["0.png"], "prefix": "x", "suffix": "y"}',
+  "not UTF-8": b'{"image": "0.png", "prefix": "x", "suffix": "\\ud800"}',
   "suffix is empty": b'{"image": "0.png", "prefix": "x", "suffix": ""}',
   "No such file": b'{"image": "9.png", "prefix": "x", "suffix": "y"}',
   "not an image": b'{"image": "half.png", "prefix": "x", "suffix": "y"}',
   "not an image ": b'{"image": "data.jsonl", "prefix": "x", "suffix": "y"}',
   "not an image  ": b'{"image": "a\\u0000b", "prefix": "x", "suffix": "y"}',
   "do not fit": b'{"image": "0.png", "prefix": "x", "suffix": "' + b"y " * 9000 + b'"}'}
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.model", "loss.csv", "loss.png", "model.safetensors"])
+def test_files_of_the_user_are_never_written_over(name, refused, tmp_path):
+  (tmp_path / name).write_text("mine")
+  refused("would be lost", "--save", tmp_path, "--steps", "1")
+  assert [file.name for file in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "mine"
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(tmp_path):
+  train.Run(train.arguments(["--save", str(tmp_path / "new")])).unlock()
+  (tmp_path / "new" / "model.safetensors.part").write_bytes(b"half")
+  train.Run(train.arguments(["--save", str(tmp_path / "new")])).unlock()
+
+@pytest.mark.skipif(train.flock is None, reason="no locks")
+def test_one_run_in_a_folder(tmp_path, refused):
+  run = train.Run(train.arguments(["--save", str(tmp_path / "new")]))
+  refused("another run", "--save", tmp_path / "new")
+  run.unlock()
+
+def test_damaged_states(whole, refused, tmp_path):
+  shutil.copytree(whole, tmp_path / "run")
+  state = (whole / "training.state").read_bytes()
+  length = int.from_bytes(state[:8], "little")
+  header = json.loads(state[8:8 + length])
+  run = json.loads(header["__metadata__"]["run"])
+  def changed(**what):
+    text = json.dumps(header | {"__metadata__": {"run": json.dumps(run | what)}}).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + state[8 + length:]
+  bare = json.dumps({k: v for k, v in header.items() if k != "__metadata__"}).encode()
+  for data in (b"", state[:100], state[:-1], changed(settings=5), changed(step="x"), changed(history=3),
+               len(bare).to_bytes(8, "little") + bare + state[8 + length:]):
+    (tmp_path / "run" / "training.state").write_bytes(data)
+    settings = [word for key in ("steps", "batch", "lr") for word in (f"--{key}", str(run["settings"][key]))]
+    refused("training.state", "--resume", "--save", tmp_path / "run", *settings)
 
 def test_bad_lines_are_named(data, refused, tmp_path, capsys):
   (data / "half.png").write_bytes((data / "0.png").read_bytes()[:200])
@@ -425,7 +463,7 @@ def test_bad_lines_are_named(data, refused, tmp_path, capsys):
     assert "1 bad line" in err and "line 6: " in err and what.strip() in err, err
     assert not (tmp_path / "out").exists()
   (data / "data.jsonl").write_bytes(good + b"\n".join(BAD.values()))
-  assert f"{len(BAD)} bad lines" in refused(*command) and "and 7 more" in refused(*command)
+  assert f"{len(BAD)} bad lines" in refused(*command) and f"and {len(BAD) - 5} more" in refused(*command)
   config = vlm.read_config(TINY / "config.json")
   kept = train.Folder(data, vlm.Tokenizer(TINY / "tokenizer.model"), config, 2, skip_bad=True)
   assert kept.found.endswith(f"4 lines, {len(BAD)} bad ones left out") and len(kept.examples) == 4

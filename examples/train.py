@@ -11,11 +11,13 @@ import functools
 import io
 import json
 import math
+import os
 import re
 import shutil
 import signal
 import sys
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,8 +32,13 @@ import checkpoint
 import samples
 import shapes
 import vlm
-from tokenizer import CODES, LOC, Tokenizer
+from tokenizer import CODES, LOC, Tokenizer, regular
 from vlm import Fault
+
+try:
+  from fcntl import LOCK_EX, LOCK_NB, flock
+except ImportError:  # Windows: nobody keeps two runs from writing to one folder
+  flock = None
 
 ROOT = Path(vlm.__file__).resolve().parent  # where weights/ is
 REPORTS = 40   # times in a run: held-out loss, a sample answer, a checkpoint
@@ -195,7 +202,10 @@ class Folder:
     self.folder, self.config, self.rows, examples, bad = Path(folder), config, rows, [], []
     path = self.folder / "data.jsonl"
     if path.exists():
-      lines = path.read_bytes().split(b"\n")
+      try:
+        lines = regular(path).read_bytes().split(b"\n")
+      except OSError as e:
+        raise Fault(f"{path}: {e.strerror}; a data folder holds pictures and a data.jsonl") from None
     else:
       lines = [json.dumps({"image": str(image.relative_to(self.folder)), "prefix": question, "suffix": answer})
                for image, question, answer in samples.read(folder)]
@@ -220,7 +230,7 @@ class Folder:
     """A line -> path of its picture, its ids, (prefix, suffix)."""
     try:
       example = json.loads(line)
-      image, *question = (example[key] for key in ("image", "prefix", "suffix"))
+      image, *question = (example[key] + "" for key in ("image", "prefix", "suffix"))
       ids = tokenize(tokenizer, *question)
     except (KeyError, TypeError):
       raise Fault("needs image, prefix and suffix, three strings") from None
@@ -230,6 +240,8 @@ class Folder:
       raise Fault("the suffix is empty")
     if self.config.vision.patches + sum(map(len, ids)) > self.config.text.max_position_embeddings:
       raise Fault(f"{sum(map(len, ids))} tokens of text do not fit the model's context")
+    if "\0" not in image and not os.path.exists(self.folder / image):
+      raise Fault(f"{image}: no such image")
     vlm.open_image(self.folder / image)  # all of it: a damaged one would stop the run when its turn comes
     return self.folder / image, ids, question
 
@@ -257,13 +269,16 @@ class Run:
   from."""
   def __init__(self, args):
     self.args, self.folder = args, Path(args.save)
-    self.state = self.folder / "training.state"
+    self.state, self.unlock = self.folder / "training.state", list  # nothing to do until there is a lock
     if args.resume and not self.state.exists():
       raise Fault(f"{self.folder} holds no training.state: there is nothing to resume")
     if self.state.exists() and not args.resume:
       raise Fault(f"{self.folder} holds a training run; --resume continues it, another --save starts anew")
-    if not args.resume and any(self.folder.glob("*.safetensors*")):
-      raise Fault(f"{self.folder} holds a checkpoint, which would be lost; choose another --save")
+    for file in () if args.resume else (*self.folder.glob("*.safetensors*"), self.folder / "loss.csv",
+                                        self.folder / "loss.png"):
+      if file.suffix != ".part" and os.path.lexists(file):  # a kill in the first save leaves a part
+        raise Fault(f"{self.folder} holds a checkpoint, which would be lost; choose another --save"
+                    if "safetensors" in file.name else f"{file} would be lost; choose another --save")
     if args.data and not (args.init or args.resume):
       raise Fault("a data folder needs --init: which checkpoint to start from")
     if args.resume:
@@ -311,21 +326,37 @@ class Run:
     that the folder can be written to, before anything long starts."""
     try:
       self.folder.mkdir(parents=True, exist_ok=True)
+      self.lock()
       config = json.loads((source / "config.json").read_text()) if source else TOY
       if self.args.init and self.args.data:
         config.pop("note", None)  # it says what the weights were
-      checkpoint.write_file(self.folder / "config.json", [json.dumps(config, indent=1).encode()])
-      if source:
-        checkpoint.write_file(self.folder / "tokenizer.model", [(source / "tokenizer.model").read_bytes()])
-        checkpoint.copy_masks(source, self.folder)
-      else:
-        shapes.make_tokenizer(self.folder / "tokenizer.model")
+      small = {"config.json": json.dumps(config, indent=1).encode(), "tokenizer.model":
+               (source / "tokenizer.model").read_bytes() if source else shapes.tokenizer_model()}
+      if source and (source / checkpoint.MASKS).exists():
+        small[checkpoint.MASKS] = (source / checkpoint.MASKS).read_bytes()
+      for path in [self.folder / name for name in small]:  # those of a run that was killed early are the same
+        if not self.args.resume and os.path.lexists(path) and path.read_bytes() != small[path.name]:
+          raise Fault(f"{path} is there already and would be lost; choose another --save")
+      for name, data in small.items():
+        checkpoint.write_file(self.folder / name, [data])
     except OSError as e:
       raise Fault(f"{self.folder}: {e.strerror or e}; choose another --save", code=1) from None
 
+  def lock(self):
+    """One run in a folder at a time: the folder itself is locked, until this process ends. Raises Fault."""
+    if flock:
+      try:
+        number = os.open(self.folder, os.O_RDONLY)
+        self.unlock = weakref.finalize(self, os.close, number)
+        flock(number, LOCK_EX | LOCK_NB)
+      except BlockingIOError:
+        raise Fault(f"{self.folder}: another run is writing to it; choose another --save") from None
+      except OSError:  # a file system without locks
+        pass
+
   def restore(self):
     try:
-      with safe_open(self.state, "numpy") as file:
+      with safe_open(regular(self.state), "numpy") as file:
         saved = json.loads(file.metadata()["run"])
         settings = {key: value for key, value in saved["settings"].items() if value != self.settings.get(key)}
         wrong = [f"--{key.replace('_', '-')} {value}" for key, value in settings.items() if key != "data"]
@@ -335,11 +366,14 @@ class Run:
           raise Fault(f"this run was started with {' '.join(wrong)}; resume with that")
         for name, tensor in self.trainer.state().items():
           tensor.assign(Tensor(file.get_tensor(name), device=tensor.device)).realize()
-    except (OSError, SafetensorError) as e:
-      raise Fault(f"{self.state}: {e}; start a new run with --init {self.folder} and another "
+      self.done = self.saved = saved["step"] + 0
+      self.history, self.losses = saved["history"] + [], saved["losses"] + []
+      self.data.stage = saved["stage"]
+    # whatever is in a damaged file: a text where numbers are, a tensor of another shape
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError,
+            RecursionError) as e:
+      raise Fault(f"{self.state}: damaged ({e}); start a new run with --init {self.folder} and another "
                   "--save") from None
-    self.done = self.saved = saved["step"]
-    self.history, self.losses, self.data.stage = saved["history"], saved["losses"], saved["stage"]
 
   def save(self):
     """model.safetensors, then the state; the names are those of hub files."""
@@ -442,7 +476,7 @@ def arguments(argv):
   args.save = args.save or ROOT / "weights" / "trained"
   if args.steps is None:
     args.steps = 2000 if args.data else 24000
-  for wrong, message in ((args.steps < 1, "--steps: at least 1"), (args.batch < 1, "--batch: at least 1"),
+  for wrong, message in ((args.steps < 1, "--steps: at least 1"), (not 1 <= args.batch <= 10_000, "--batch: at least 1, at most 10000"),
                          (not 0 < args.lr < math.inf, "--lr: above 0"),
                          (args.skip_bad and not args.data, "--skip-bad goes with a data folder")):
     if wrong:
@@ -458,6 +492,7 @@ def main(argv):
     job.train()
   finally:
     signal.signal(signal.SIGINT, before)
+    job.unlock()
   vlm.log.info(f"stopped after step {job.done}; --resume continues" if job.stop else
                 f"{args.steps} steps done: {job.folder}")
   return 130 if job.stop else 0

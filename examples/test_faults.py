@@ -1,0 +1,90 @@
+"""What a shell, a machine and other people do to the programs: streams that are full, closed or end early, environments
+without home, compiler or sense. Each is a process of its own."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ASK = [str(ROOT / "vlm.py"), str(ROOT / "examples" / "shapes.png"), "caption en", "--weights", str(ROOT / "weights" / "toy")]
+RIGHT = "a green triangle, a red circle and a yellow star"
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="streams and signals of Unix")
+
+
+def shell(line, *words, env=None, folder=None, without=()):
+  """A line of sh, $@ in it being Python and words -> what became of it, never a traceback."""
+  known = {name: value for name, value in os.environ.items() if name not in without} | (env or {})
+  done = subprocess.run(["/bin/sh", "-c", line, "sh", sys.executable, *words], capture_output=True, env=known, cwd=folder,
+                        timeout=300)
+  assert b"Traceback" not in done.stderr and b"Exception ignored" not in done.stderr, done.stderr.decode()
+  return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize("words", [ASK, [str(ROOT / "examples" / "codebook.py"), "--eval", str(ROOT / "weights/toy/vae-oid.npz")]])
+def test_a_full_stdout(words):
+  code, _, err = shell('"$@" > /dev/full', *words)
+  assert code == 1 and "stdout: No space left" in err
+
+
+def test_streams_that_are_closed():
+  assert shell('"$@" <&-', *ASK)[:2] == (0, RIGHT + "\n")
+  assert shell('"$@" 2>&-', *ASK)[:2] == (0, RIGHT + "\n")
+  assert shell('"$@" >&-', *ASK)[0] == 0
+  assert shell('"$@" <&-', *ASK[:2], *ASK[3:])[0] == 0  # where questions would be read
+
+
+def test_a_reader_that_has_seen_enough():
+  assert shell('"$@" --json | head -c1', *ASK) [1] == "{"
+
+
+def test_an_encoding_that_lacks_characters(tmp_path):
+  code = "import sys; sys.path.insert(0, sys.argv[1]); import vlm; " \
+         "main = vlm.program(lambda argv: print('\\u65e5', '\\udcff')); main.__call__([]); "
+  assert shell('"$@"', "-c", code, str(ROOT), env={"PYTHONIOENCODING": "cp1252"})[:2] == (0, "\\u65e5 \\udcff\n")
+
+
+def test_sigterm_is_an_end_like_another(tmp_path):
+  job = subprocess.Popen([sys.executable, str(ROOT / "examples" / "codebook.py"), "--train", str(tmp_path / "a.npz")],
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+  time.sleep(6)
+  job.send_signal(signal.SIGTERM)
+  out, err = job.communicate(timeout=60)
+  assert job.returncode == 143 and b"Traceback" not in err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("cores", ["0", "-1", "99999999"])
+def test_cores_that_are_none(cores):
+  code, out, err = shell('"$@"', *ASK, env={"CPU_COUNT": cores})
+  assert (code, out) == (2, "") and f"CPU_COUNT={cores}: at least 1" in err
+
+
+@pytest.mark.parametrize("env", [{"CC": "gcc"}, {"CC": "/bin/false"}, {"CC": ""}, {"JIT": "0"}], ids=str)
+def test_a_compiler_that_is_none(env, tmp_path):
+  code, out, err = shell('"$@"', *ASK, env=env | {"XDG_CACHE_HOME": str(tmp_path)})
+  assert (code, out) == (0, RIGHT + "\n")
+  assert ("is not used" in err) == bool(env.get("CC"))
+
+
+@pytest.mark.parametrize("case", ["no home", "no folder", "garbage", "no PATH"])
+def test_a_cache_that_cannot_be_written(case, tmp_path):
+  env, without = {"no folder": {"HOME": "/dev/null"}, "garbage": {"XDG_CACHE_HOME": str(tmp_path)}}.get(case, {}), ["XDG_CACHE_HOME"]
+  if case == "garbage":
+    for name in ("tinygrad", "vlm"):
+      (tmp_path / name).mkdir(mode=0o700)
+    (tmp_path / "tinygrad" / "cache.db").write_text("garbage " * 1000)
+  if case == "no PATH":
+    env["XDG_CACHE_HOME"] = str(tmp_path)
+  without += {"no home": ["HOME"], "no PATH": ["PATH"]}.get(case, [])
+  code, out, err = shell('"$@"', *ASK, env=env, without=[name for name in without if name not in env], folder=tmp_path)
+  assert (code, out) == (0, RIGHT + "\n") and not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("device", ["NULL", "DISK", "NPY"])
+def test_devices_that_compute_nothing(device):
+  code, out, err = shell('"$@"', *ASK, "--device", device)
+  assert (code, out) == (2, "") and "computes nothing" in err
