@@ -664,7 +664,7 @@ def find_device(name):
   try:
     return open_device(name)
   except Exception as e:  # whatever a driver that is not there raises
-    raise Fault(f"device {name or DEV.device or 'CPU'} cannot be used ({e}); leave out --device and DEV") from None
+    raise Fault(f"device {name or DEV.device or 'CPU'} cannot be used ({e}); omit --device, DEV") from None
 
 def load(folder, device=None, place=upload):
   """A PaliGemma folder (config.json, *.safetensors, tokenizer.model) -> VLM. place: what makes arrays into
