@@ -430,7 +430,7 @@ def next_token(gemma, x):
 class VLM:
   """A loaded model and its programs, one for each shape that came up: vision, prefill and a step of decoding.
   An image is a path, a file object, a PIL image or a float32 array (3, S, S) in [-1, 1]; several, of one
-  question, are a list."""
+  question, are a list. One question at a time: see Turns in tokenizer.py."""
   def __init__(self, net, config, tokenizer, device, place):
     self.net, self.config, self.tokenizer, self.device, self.place = net, config, tokenizer, device, place
     self.bytes = sum(t.nbytes() for t in get_state_dict(net.language_model).values())  # that a token reads
@@ -665,7 +665,7 @@ def find_device(name):
   try:
     return open_device(name)
   except Exception as e:  # whatever a driver that is not there raises
-    raise Fault(f"device {name or DEV.device} cannot be used ({e}); leave out --device and DEV") from None
+    raise Fault(f"device {name or DEV.device or 'CPU'} cannot be used ({e}); omit --device, DEV") from None
 
 def load(folder, device=None, place=upload):
   """A PaliGemma folder (config.json, *.safetensors, tokenizer.model) -> VLM. place: what makes arrays into

@@ -88,7 +88,7 @@ def measure(folder, born, steady, _, side, choices):
 
   def vision():
     model.features.clear()  # or it would be remembered
-    return vlm.upload(model.vision(image)[1][None], model.device)
+    return vlm.upload(model.vision(image[0])[1][None], model.device)
 
   def prefill(features):
     return model.prefill(features, ids, positions)[0].numpy()

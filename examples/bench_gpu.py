@@ -47,7 +47,7 @@ def measure(folder, device, side, batch, start):
 
   def prefill():
     model.features.clear()  # or it would be remembered
-    image = vlm.upload(np.stack([model.vision(picture)[1]] * batch), model.device)
+    image = vlm.upload(np.stack([model.vision(picture[0])[1]] * batch), model.device)
     return model.prefill(image, ids, positions)[0].numpy()
 
   def decode():

@@ -307,6 +307,7 @@ def to_folder(path, folder):
   """An .npz, and what lies beside it -> a new folder that vlm.load takes. Raises Fault."""
   found, table, sizes = layout(path)
   config, tokenizer = make_config(path), find_tokenizer(path)
+  config["image_token_index"] = vlm.Tokenizer(tokenizer).image
   following = functools.partial(next, converted(path, found, table))
   tensors = {target: checkpoint.Later(shape, found[name].dtype, following)
              for name, target, shape in hub_tensors(table, sizes)}

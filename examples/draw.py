@@ -219,13 +219,13 @@ def check_output(path, inputs):
 def save_picture(image, path, inputs):
   """The whole picture or none: encoded first, written beside its place, then put there. Raises Fault."""
   check_output(path, inputs)
-  path, data, info = Path(path).resolve(), io.BytesIO(), PngImagePlugin.PngInfo()
+  name, path, data, info = path, Path(path).resolve(), io.BytesIO(), PngImagePlugin.PngInfo()  # a link stays one
   info.add_text("Software", OURS)
   kind, part = Image.registered_extensions()[path.suffix.lower()], None
   try:
     image.save(data, kind, **({"pnginfo": info} if kind == "PNG" else {}))
   except Exception as e:  # too large for the format, or of a mode that it does not know
-    raise Fault(f"{path}: a {kind} of this picture cannot be written ({e}); take .png") from None
+    raise Fault(f"{name}: a {kind} of this picture cannot be written ({e}); take .png") from None
   try:
     number, part = tempfile.mkstemp(".part", dir=path.parent)
     with open(number, "wb") as file:
@@ -234,7 +234,7 @@ def save_picture(image, path, inputs):
     os.chmod(part, mode & 0o777)
     os.replace(part, path)
   except OSError as e:
-    raise Fault(f"{path}: {e.strerror}", code=1) from None
+    raise Fault(f"{name}: {e.strerror}", code=1) from None
   finally:
     if part and os.path.exists(part):
       os.unlink(part)
@@ -332,7 +332,7 @@ def read(path, part="decoder"):
   except (IndexError, TypeError, AttributeError):  # a shape too short, no numbers, or an npy file: no names
     problem = "its tensors have too few dimensions, no numbers, or no names"
   except Exception as e:  # numpy's reader raises whatever it stumbles over
-    problem = f"not a complete npz file: {e}"
+    problem = f"not a complete npz file: {str(e)[:300]}"
   raise Fault(f"{path}: {problem}; this is not the VQ-VAE of PaliGemma's masks; get {NAME} again")
 
 

@@ -69,13 +69,13 @@ def test_products(measure):
 
 @pytest.mark.long
 def test_the_training_step(capsys):
-  assert bench.main(["--train"]) is None
+  assert bench.main(["--train"]) == 0
   assert re.search(r"^32 questions a step, .* matmul \d+%, reductions \d+%", capsys.readouterr().out)
 
 
 def test_the_protocol_of_workers(capsys):
   """What --beside hands to another checkout's bench.py, and what it takes from there."""
-  assert bench.main([TINY, "--worker", json.dumps([0, 1, None, None, 3])]) is None
+  assert bench.main([TINY, "--worker", json.dumps([0, 1, None, None, 3])]) == 0
   result = json.loads(capsys.readouterr().out)
   assert set(bench.ROWS) - {"both"} <= set(result) and len(result["choices"]) == 3
 

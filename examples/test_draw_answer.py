@@ -60,7 +60,7 @@ def test_faults(start, tmp_path):
   (tmp_path / "wrong").mkdir()
   np.savez(tmp_path / "wrong" / "vae-oid.npz", x=np.zeros(3))
   for words, *argv in (("OUT", "a.png", BOX), ("unrecognized", "a.png", BOX, "b.png", "c"),
-                       ("No such file", "x.png", BOX, "b.png"), ("picture format", "a.png", BOX, "b.txt"),
+                       ("no such image", "x.png", BOX, "b.png"), ("picture format", "a.png", BOX, "b.txt"),
                        ("is the input picture", "a.png", BOX, "a.png"),
                        ("no such folder", "a.png", BOX, "b.png", "--weights", "none"),
                        ("vae-oid.npz", "a.png", BOX + CODES, "b.png", "--weights", "wrong", "--quiet")):

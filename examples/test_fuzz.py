@@ -2,7 +2,7 @@
 other exception, no wait. The seed is printed; VLM_SEED=N repeats it, VLM_FUZZ=N makes the number of inputs another, of
 which the full form has 40000.
 
-    VLM_FUZZ=40000 python -m pytest -q -s -m long examples/test_fuzz.py
+    VLM_FUZZ=40000 python -m pytest -q -s examples/test_fuzz.py
 """
 import contextlib
 import io
@@ -30,7 +30,7 @@ TINY, TOY = (Path(vlm.__file__).resolve().parent / "weights" / name for name in 
 SEED = int(os.environ.get("VLM_SEED") or time.time())
 COUNT = int(os.environ.get("VLM_FUZZ") or 5000)
 LIMIT = 60  # seconds that one input may take, on a busy machine
-pytestmark = [pytest.mark.long, pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="Windows has no alarm")]
+pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="Windows has no alarm")
 VALUES = [0, 1, -1, 3, 1.5, 1e300, 1e-300, float("nan"), float("inf"), 2 ** 31, 2 ** 63, 10 ** 400, None, True, "", "x", "1e-6",
           [], [1], {}, {"a": [1]}, "\ud800", "\0", "../../x", "a" * 5000]
 

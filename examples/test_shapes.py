@@ -440,3 +440,16 @@ def test_the_picture_of_the_readme_is_what_the_toy_draws():
   drawn = draw.draw_boxes(vlm.open_image(picture), answer.boxes)
   shown = Image.open(ROOT / "examples" / "shapes-boxes.png").convert("RGB")
   assert len(answer.boxes) == 2 and np.array_equal(np.asarray(drawn), np.asarray(shown))
+
+def test_pictures_of_the_user_are_never_written_over(tmp_path, capsys):
+  shapes.make(tmp_path / "one", 2, 1)
+  for name in ("data.jsonl", "000001.png"):
+    folder = tmp_path / name.replace(".", "")
+    folder.mkdir()
+    (folder / name).write_text("mine")
+    assert shapes.main(["--make", str(folder), "--count", "2"]) == 2
+    assert "would be lost" in capsys.readouterr().err
+    assert [file.name for file in folder.iterdir()] == [name] and (folder / name).read_text() == "mine"
+  (tmp_path / "shapes.png").write_text("mine")
+  assert shapes.main(["--example", str(tmp_path)]) == 2
+  assert (tmp_path / "shapes.png").read_text() == "mine"

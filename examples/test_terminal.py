@@ -153,6 +153,7 @@ def model_that_says(monkeypatch, text):
     asked.extend(prompts)
     yield from ([id] for id in m.tokenizer.encode(text))
   monkeypatch.setattr(m, "tokens", tokens)
+  m.timings |= {"vision_s": 0.0, "prefill_s": 0.0, "decode_tok_s": 1.0}
   monkeypatch.setattr(vlm, "load", lambda *args: m)
   return asked
 

@@ -413,7 +413,7 @@ BAD = {
   "three strings     ": b'{"image": ["0.png"], "prefix": "x", "suffix": "y"}',
   "not UTF-8": b'{"image": "0.png", "prefix": "x", "suffix": "\\ud800"}',
   "suffix is empty": b'{"image": "0.png", "prefix": "x", "suffix": ""}',
-  "No such file": b'{"image": "9.png", "prefix": "x", "suffix": "y"}',
+  "no such image": b'{"image": "9.png", "prefix": "x", "suffix": "y"}',
   "not an image": b'{"image": "half.png", "prefix": "x", "suffix": "y"}',
   "not an image ": b'{"image": "data.jsonl", "prefix": "x", "suffix": "y"}',
   "not an image  ": b'{"image": "a\\u0000b", "prefix": "x", "suffix": "y"}',
