@@ -225,13 +225,15 @@ def test_jit_is_no_jit():
 
 def test_a_second_question_costs_no_vision(pictures):
   m = fresh(model("tiny1"))
-  with mock.patch.object(m, "vision", wraps=m.vision) as vision:
+  with mock.patch.object(m, "_run", wraps=m._run) as program:
+    def towers():
+      return sum(call.args[0] == ("vision",) for call in program.call_args_list)
     first = golden.next_logits(m, pictures["rgb"], SHORT)
     for same in (pictures["rgb"], Image.open(pictures["rgb"]), io.BytesIO(pictures["rgb"].read_bytes())):
       assert np.array_equal(golden.next_logits(m, same, SHORT), first)
     m.generate([pictures["rgb"]] * 2, [SHORT, LONG], max_tokens=2)
-    assert vision.call_count == 1
-    assert not np.array_equal(golden.next_logits(m, pictures["tall"], SHORT), first) and vision.call_count == 2
+    assert towers() == 1
+    assert not np.array_equal(golden.next_logits(m, pictures["tall"], SHORT), first) and towers() == 2
 
 def test_prompts_of_many_lengths_share_programs():
   m = fresh(model("tiny1"))
@@ -695,7 +697,7 @@ def test_number_types(dtype, factor, folder, monkeypatch):
   fast = golden.next_logits(vlm.load(folder(small)), pixels()[0], SHORT)
   monkeypatch.setattr(vlm.kernels, "PORTABLE", True)
   (got,), got_logits = run(vlm.load(folder(small)), [pixels()[0]], [SHORT], max_tokens=8)
-  monkeypatch.setattr(vlm, "round_to", lambda value, dtype: factor)
+  monkeypatch.setattr(vlm, "truncate", {dtypes.float32: lambda value: factor})
   (right,), right_logits = run(vlm.load(folder(wide)), [pixels()[0]], [SHORT], max_tokens=8)
   assert got == right and differ(got_logits, right_logits) < ROUNDING
   assert differ(fast, right_logits[0, 0]) < tolerance
@@ -974,7 +976,7 @@ def test_weights_that_do_not_fit(refused, pictures, folder):
   name = "vision_tower.post_layernorm.bias"
   for word, changed in (("post_layernorm.bias", {n: a for n, a in tensors.items() if n != name}),
                         ("fluff", tensors | {"fluff": tensors[name]}), ("(63,)", tensors | {name: tensors[name][:63]}),
-                        ("times", {name: tensors[name]})):
+                        ("by config.json", {name: tensors[name]})):
     refused(word, pictures["rgb"], "caption en", "--weights", folder(changed))
 
 @pytest.mark.parametrize("where", ["vision", "language"])
@@ -1162,9 +1164,7 @@ def test_question_after_question(pictures, tiny, capsys, monkeypatch):
 def test_interrupted_answers(pictures, tiny, capsys, monkeypatch):
   speak(monkeypatch, tiny, "a cat", KeyboardInterrupt())
   assert vlm.main([str(pictures["rgb"]), "caption en"]) == 130
-  assert capsys.readouterr().out == "a cat\n"
-  assert vlm.main([str(pictures["rgb"]), "caption en", "--json"]) == 130
-  assert json.loads(capsys.readouterr().out)["text"] == "a cat"
+  assert capsys.readouterr().out == "a cat\n"  # what is there stays there
   assert converse(monkeypatch, "caption en\nagain\n\n", pictures["rgb"]) == 0  # back to the prompt
   out, err = capsys.readouterr()
   assert out == "a cat\na cat\n" and err.count("> ") == 3
@@ -1176,7 +1176,7 @@ def test_interrupted_before_the_first_token(pictures, capsys, monkeypatch):
   monkeypatch.setattr(m, "prefill", mock.Mock(side_effect=KeyboardInterrupt))
   assert vlm.main([str(pictures["rgb"]), "caption en"]) == 130
   out, err = capsys.readouterr()
-  assert out == "\n" and "0.0 tok/s" in err
+  assert out == "\n" and "Traceback" not in err
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one process")
 def test_ctrl_c(pictures, tmp_path):
@@ -1187,7 +1187,7 @@ def test_ctrl_c(pictures, tmp_path):
     assert first and process.poll() is None
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-  assert process.returncode == 130 and (first + out).endswith(b"\n") and b"Traceback" not in err and b"tok/s" in err
+  assert process.returncode == 130 and (first + out).endswith(b"\n") and b"Traceback" not in err
 
 def test_no_arguments(capsys, monkeypatch):
   asked, m = [], model("tiny2")
@@ -1374,7 +1374,7 @@ for kind in {KINDS!r}:
   assert caption.stdout == CAPTION + "\n"
   assert caption.returncode == 0 and "examples/" in caption.stderr and "slowly" in caption.stderr
   assert [box["label"] for box in json.loads(boxes.stdout)["boxes"]] == ["red circle"] and os.listdir(tmp_path) == []
-  assert loop.returncode == 2 and re.fullmatch(r"vlm: .*prompt.*\n", loop.stderr)
+  assert loop.returncode == 2 and re.search(r"^vlm: .*prompt.*\n\Z", loop.stderr, flags=re.M)
 
 def test_a_hostile_folder(tmp_path):
   """A user's script beside modules with the names of ours: none is executed or mistaken, and the kernels are there"""

@@ -485,7 +485,7 @@ class VLM:
     prompts = [self.tokenizer.prompt(prompt) for prompt in prompts]
     images = [image if isinstance(image, list | tuple) else [image] for image in images]
     if {len(row) for row in images} != {len(images[0]) or 1}:
-      raise Fault("every row of a batch needs equally many pictures, at least one; give such rows one by one")
+      raise Fault("a prompt needs a picture, and all rows of a batch equally many; ask such rows one by one")
     P, longest = self.config.vision.patches * len(images[0]), max(map(len, prompts))
     room = self.config.text.max_position_embeddings - P - max_tokens
     if longest > room:

@@ -49,6 +49,9 @@ def run(work, argv):
       code = work(argv)
     sys.stdout.flush()
     return code
+  except KeyboardInterrupt:
+    print(flush=True)  # what is on the line stays there
+    raise
   except MemoryError:
     raise Fault("out of memory; ask for less at once", code=1) from None
   except OSError as e:

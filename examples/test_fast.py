@@ -168,7 +168,7 @@ def test_quantised_weights_find_their_scales():
   joined = fast.join_scales({"a": int8, "a_scale": row, "b": int4, "b_scale": groups, "c": row}, shapes)
   assert {name: type(array) for name, array in joined.items()} == {
     "a": fast.Packed, "b": fast.Packed, "c": np.ndarray}
-  assert joined["a"].shape == joined["b"].shape == joined["b"].reshape((5, 40)).shape == (5, 40)
+  assert joined["a"].shape == joined["b"].shape == joined["b"].flatten(1).shape == (5, 40)
   assert fast.upload(joined["b"], "CPU", "b").float().numpy().shape == (5, 40)
   for scale in ({}, {"a_scale": groups}, {"a_scale": row.astype(np.float64)}, {"a_scale": row[1:]}):
     with pytest.raises(vlm.Fault, match="a is quantised"):
@@ -542,7 +542,7 @@ def test_whatever_shapes_a_program_is_in_its_name(monkeypatch):
 @pytest.mark.parametrize("old, new, same", [
   ("@fast\ndef gelu", "# A remark that nothing depends on.\n\n@fast\ndef gelu", True),
   ("p /= p.sum()", "p = p / p.sum()", True),  # of Sampling
-  ("x.gelu() * times", "times * x.gelu()", False), ("CHUNK = 512", "CHUNK = 256", False),
+  ("x.gelu() * times", "times * x.gelu()", False), ("where(logits, -math.inf)", "where(logits, -1e9)", False),
   ("softcap=0.0", "softcap=9.0", False)])
 def test_a_program_depends_on_the_code_that_made_it(old, new, same, monkeypatch):
   monkeypatch.setattr(fast, "KEPT", 100)
