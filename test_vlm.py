@@ -1518,8 +1518,9 @@ def trained():
   folder, losses, rng = Path(tempfile.mkdtemp()) / "mine", [], np.random.default_rng(1)
   keep = logging.Handler()
   keep.emit = lambda record: losses.append(record.args[2]) if "loss" in record.msg else None
+  vlm.log.setLevel("DEBUG")
   with mock.patch.object(vlm, "TOY", SMALL), mock.patch.object(vlm.terminal, "trained"), \
-       mock.patch.object(vlm.log, "handlers", [keep]), mock.patch.object(vlm.log, "level", logging.DEBUG):
+       mock.patch.object(vlm.log, "handlers", [keep]):
     vlm.train(folder, [coloured(rng) for _ in range(400)], 140, vlm.open_device(None))
   return folder, losses
 

@@ -68,8 +68,8 @@ class TextConfig:
   rope_theta: float = 10000.0
   rms_norm_eps: float = 1e-6
   query_pre_attn_scalar: float = 256.0
-  attn_logit_softcapping: float = 0.0  # 0: none
-  final_logit_softcapping: float = 0.0
+  attn_logit_softcapping: float = None  # none, as 0 is
+  final_logit_softcapping: float = None
   hidden_activation: str = "gelu_pytorch_tanh"
   rope_type: str = "default"
   model_type: str = "gemma"
