@@ -50,7 +50,7 @@ class VisionConfig:
   image_size: int = 224                # S, in pixels
   patch_size: int = 14                 # in pixels
   layer_norm_eps: float = 1e-6
-  hidden_act: str = "gelu_pytorch_tanh"  # a text is the one that this file knows
+  hidden_act: str = "gelu_pytorch_tanh"  # of a text there is one right value
   @property
   def patches(self):                   # P
     return (self.image_size // self.patch_size) ** 2
@@ -605,8 +605,8 @@ def canonical(name):
   return re.sub(r"^__metadata__$|.*\.(position_ids|inv_freq)$", "", name)  # constants, once saved
 
 def read_weights(folder):
-  """-> {path in PaliGemma: array} of model.safetensors, or else of the parts of a large model: views of the
-  mapped files, bfloat16 as uint16. Raises Fault."""
+  """-> {path in PaliGemma: array} of model.safetensors or of a large model's parts: views of the mapped files,
+  bfloat16 as uint16. Raises Fault."""
   arrays = {}
   for file in sorted(folder.glob("model*.safetensors")) or [folder / "model.safetensors"]:
     try:
@@ -808,7 +808,7 @@ def open_model(args, place=upload):
   return model
 
 def ask(model, args, images, prompt):
-  """One question, as the command line answers it."""
+  """One question, as the command line answers it: text or JSON, boxes, seconds."""
   pictures = [open_image(name) for name in images]
   for piece in model.stream(pictures, prompt, **sampling(args)):
     print("" if args.json else piece, end="", flush=True)

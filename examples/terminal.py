@@ -24,8 +24,7 @@ from tokenizer import Fault
 
 log = logging.getLogger("vlm")
 MOVED = {"--init": "train", "--resume": "train", "--batch": "batch", "--batch-size": "batch",
-         "--show": "show", "--layer": "show", "--quantize": "quantize", "--save": "quantize",
-         "--shard": "shard"}
+         "--show": "show", "--layer": "show", "--quantize": "quantize", "--shard": "shard"}
 
 
 # ---- 1. What is being done ----
