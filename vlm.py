@@ -605,7 +605,7 @@ def canonical(name):
   return re.sub(r"^__metadata__$|.*\.(position_ids|inv_freq)$", "", name)  # constants, once saved
 
 def read_weights(folder):
-  """-> {path in PaliGemma: array} of model.safetensors or of a large model's parts: views of the mapped files,
+  """-> {path in PaliGemma: array} of model.safetensors or of the parts of a model: views of mapped files,
   bfloat16 as uint16. Raises Fault."""
   arrays = {}
   for file in sorted(folder.glob("model*.safetensors")) or [folder / "model.safetensors"]:
