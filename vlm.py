@@ -208,7 +208,7 @@ class MLP:
   def __init__(self, width, hidden):
     self.fc1, self.fc2 = Linear(width, hidden, bias=True), Linear(hidden, width, bias=True)
   def __call__(self, x):
-    return self.fc2(gelu(self.fc1(x)))
+    return self.fc2(gelu(self.fc1(x)))  # (B, P, Dv) -> (B, P, hidden) -> (B, P, Dv)
 
 class EncoderLayer:
   def __init__(self, c):
@@ -234,7 +234,7 @@ class SigLIP:
     p, g = self.patch, S // self.patch  # pixels of a patch's side, patches of the image's side
     x = pixels[:, :, :g * p, :g * p].reshape(B, 3, g, p, g, p).permute(0, 2, 4, 1, 3, 5)  # (B, g, g, 3, p, p)
     x = self.embeddings.patch_embedding(x.reshape(B, g * g, 3 * p * p))  # (B, P, Dv)
-    x = x + to_float32(self.embeddings.position_embedding.weight)
+    x = x + to_float32(self.embeddings.position_embedding.weight)  # (P, Dv)
     for layer in self.encoder.layers:
       x = layer(x)
     return self.post_layernorm(x)
@@ -249,7 +249,7 @@ def rope_table(c, positions):
 def rope(x, cos, sin):
   """Turn each pair (i, i + d/2) of x (B, H, T, d) by its position's angle: the product of a query and a key
   then depends on their distance only (arxiv.org/abs/2104.09864). Half-split, not interleaved pairs."""
-  a, b = x.chunk(2, dim=-1)
+  a, b = x.chunk(2, dim=-1)  # (B, H, T, d / 2) each
   return (a * cos - b * sin).cat(b * cos + a * sin, dim=-1)
 
 class GemmaAttention:
@@ -262,7 +262,7 @@ class GemmaAttention:
     c, (B, T, _) = self.config, x.shape
     projections = self.q_proj, self.k_proj, self.v_proj
     q, k, v = (f(x).reshape(B, T, -1, c.head_dim).transpose(1, 2) for f in projections)
-    k = rope(k, cos, sin)
+    k = rope(k, cos, sin)  # (B, K, T, d), as v; q (B, H, T, d)
     if write:  # into a cache
       k, v = write(self.layer, k, v)  # (B, K, T, d) new -> (B, K, C, d) all
     scale = (c.query_pre_attn_scalar if c.gemma2 else c.head_dim) ** -0.5
@@ -274,7 +274,7 @@ class GemmaMLP:
     self.gate_proj, self.up_proj = Linear(width, hidden), Linear(width, hidden)
     self.down_proj = Linear(hidden, width)
   def __call__(self, x):
-    return self.down_proj(gelu(self.gate_proj(x), self.up_proj(x)))
+    return self.down_proj(gelu(self.gate_proj(x), self.up_proj(x)))  # (B, T, D), hidden between
 
 class Block:
   """Gemma 2 differs from Gemma in four things (arxiv.org/abs/2408.00118): each half of a block is normalised
@@ -433,7 +433,6 @@ class VLM:
   question, are a list. One question at a time: see Turns in tokenizer.py."""
   def __init__(self, net, config, tokenizer, device, place):
     self.net, self.config, self.tokenizer, self.device, self.place = net, config, tokenizer, device, place
-    self.bytes = sum(t.nbytes() for t in get_state_dict(net.language_model).values())  # that a token reads
     self.programs, self.caches, self.features, self.turns = {}, {}, {}, Turns()
     self.timings = {"load_s": 0.0}  # a question adds its own
   def _run(self, key, function, *inputs):
@@ -500,7 +499,7 @@ class VLM:
     seen = perf_counter()
     ids = np.array([[0] * (T - len(prompt)) + prompt for prompt in prompts])
     positions = layout([len(prompt) for prompt in prompts], P, T, C)
-    image = upload(image.reshape(len(images), P, -1), self.device)
+    image = upload(image.reshape(len(images), P, -1), self.device)  # (B, P, D)
     token, logits = self.prefill(image, ids, positions)
     token = token.numpy()
     self.timings |= {"vision_s": seen - start, "prefill_s": perf_counter() - seen, "decode_tok_s": 0.0}
@@ -539,7 +538,7 @@ class VLM:
     with self.turns:  # of another thread
       steps = list(self.tokens(images, prompts, **options))
     rows = [[step[i] for step in steps if step[i] is not None] for i in range(len(images))]
-    return [self.answer(image, row) for image, row in zip(images, rows)]
+    return list(map(self.answer, images, rows))
   def answer(self, image, tokens):
     """Token ids -> Answer. Boxes are in pixels of the (first) picture, or of an array's square."""
     text, image = self.tokenizer.decode(tokens), image[0] if isinstance(image, list | tuple) else image
@@ -654,16 +653,12 @@ def assemble(config, arrays, device, place):
 
 @fast
 def open_device(name):
-  """A name of tinygrad's, None for the best there is -> the device's full name, ready for use."""
-  name = Device.canonicalize(name)
-  if name.startswith("CPU") and not DEV.renderer and not shutil.which(os.environ.get("CC", "clang")):
-    DEV.value = "CPU:X86"  # tinygrad's own assembler: slow, but it needs no compiler
-  return Device[name].device
-
-def find_device(name):
-  """The same, or a Fault that says why not."""
+  """A name of tinygrad's, None: the best there is -> the device's full name, ready for use. Raises Fault."""
   try:
-    return open_device(name)
+    name = Device.canonicalize(name)
+    if name.startswith("CPU") and not DEV.renderer and not shutil.which(os.environ.get("CC", "clang")):
+      DEV.value = "CPU:X86"  # tinygrad's own assembler: slow, but it needs no compiler
+    return Device[name].device
   except Exception as e:  # whatever a driver that is not there raises
     raise Fault(f"device {name or DEV.device or 'CPU'} cannot be used ({e}); omit --device, DEV") from None
 
@@ -673,7 +668,7 @@ def load(folder, device=None, place=upload):
   start, folder = perf_counter(), Path(folder)
   config = read_config(folder / "config.json")
   tokenizer = Tokenizer(folder / "tokenizer.model", config.text.vocab_size, config.image)
-  device, arrays = find_device(device), read_weights(folder)
+  device, arrays = open_device(device), read_weights(folder)
   model = VLM(assemble(config, arrays, device, place), config, tokenizer, device, place)
   model.folder, model.arrays = folder, arrays  # a tensor over borrowed memory does not keep it alive
   model.timings["load_s"] = perf_counter() - start
@@ -681,7 +676,7 @@ def load(folder, device=None, place=upload):
 
 # ---- 11. Training: a small PaliGemma from random weights ----
 TOY = Config(VisionConfig(128, 4, 4, 384, image_size=56), TextConfig(128, 3, 384, 4, 1, 32))
-COLORS = "red", "green", "blue", "yellow", "purple", "orange"
+COLORS = "red", "green", "blue", "yellow", "purple", "black"
 CORNERS = {"triangle": 3, "square": 4, "circle": 60}  # of a circle nobody sees that many
 
 def draw_scene(rng, side=56):
@@ -733,13 +728,15 @@ def train(folder, samples, steps, device):
   rng = np.random.default_rng(0)
   samples = samples or [draw_scene(rng) for _ in range(4000)]
   tokenizer = learn_characters(samples, folder)
-  config = replace(TOY, text=replace(TOY.text, vocab_size=tokenizer.image + 1))
-  pixels = np.concatenate([to_pixels(picture, config.vision.image_size) for picture, *_ in samples])
+  vision, text = TOY.vision, replace(TOY.text, vocab_size=tokenizer.image + 1)
+  pixels = np.concatenate([to_pixels(picture, vision.image_size) for picture, *_ in samples])
   rows = [(tokenizer.prompt(question), tokenizer.encode(answer) + [tokenizer.eos])
           for _, question, answer in samples]
   longest = max(len(prompt + answer) for prompt, answer in rows)
-  *data, cos, sin = pixels, *collate(config.text, config.vision.patches, rows, longest)
-  net = PaliGemma(config)
+  def batch(chosen):
+    table = collate(text, vision.patches, [rows[i] for i in chosen], longest)
+    return [upload(t, device) for t in (pixels[chosen], *table)]
+  net, shown = PaliGemma(Config(vision, text)), len(rows) * 9 // 10
   weights = get_state_dict(net)
   for name, t in weights.items():
     value = rng.standard_normal(t.shape) * math.prod(t.shape[1:]) ** -0.5  # keeps the variance of its input
@@ -750,22 +747,23 @@ def train(folder, samples, steps, device):
   @TinyJit
   def step(*batch):
     optimizer.zero_grad()
-    value = loss(net, *batch).backward()
-    return value.realize(*optimizer.schedule_step())
+    return loss(net, *batch).backward().realize(*optimizer.schedule_step())
+  measure, unseen = TinyJit(functools.partial(loss, net)), batch(range(shown, len(rows))[:64])
   try:
     for i in range(steps):
-      chosen, rate = rng.integers(len(rows) * 9 // 10, size=32), 2e-3 * min(i / 50, 1 - i / steps)
-      optimizer.lr.assign(Tensor([rate], device=device)).realize()
+      if i % 50 == 0:
+        held_out = measure(*unseen).item()
+      optimizer.lr.assign(Tensor([2e-3 * min(i / 50, 1 - i / steps)], device=device)).realize()
       with Tensor.train():
-        value = step(*(upload(t, device) for t in (*(t[chosen] for t in data), cos, sin))).item()
-      log.debug("%d of %d steps, loss %.3f", i + 1, steps, value)
+        value = step(*batch(rng.integers(shown, size=32))).item()
+      log.debug("%d of %d steps, loss %.3f, held-out %.3f", i + 1, steps, value, held_out)
   except KeyboardInterrupt:  # what has been learnt so far is saved
     pass
   save_file({name: t.numpy() for name, t in weights.items()}, folder / "model.safetensors")
   (folder / "config.json").write_text(json.dumps(
     {"model_type": "paligemma", "image_token_index": tokenizer.image,
-     "projection_dim": config.text.hidden_size, "text_config": asdict(config.text),
-     "vision_config": asdict(config.vision) | {"vision_use_head": False}}))
+     "projection_dim": text.hidden_size, "text_config": asdict(text),
+     "vision_config": asdict(vision) | {"vision_use_head": False}}))
   if terminal:
     terminal.trained(load(folder, device), samples)
 
@@ -820,7 +818,7 @@ def ask(model, args, images, prompt):
   if drawing:
     drawing.save(args, images)
   log.info(f"load {t['load_s']:.2f} s, vision {t['vision_s']:.2f} s, prefill {t['prefill_s']:.2f} s, "
-           f"{t['decode_tok_s']:.1f} tok/s, {t['decode_tok_s'] * model.bytes / 1e9:.1f} GB/s")
+           f"{t['decode_tok_s']:.1f} tok/s")
 
 @program
 def main(argv):
@@ -839,7 +837,7 @@ def main(argv):
   args = p.parse_args(argv)
   *images, prompt = terminal.words(args, ROOT) if terminal else args.words or [""]
   if args.train:
-    return train(args.save, terminal and terminal.samples(args), args.steps, find_device(args.device))
+    return train(args.save, terminal and terminal.samples(args), args.steps, open_device(args.device))
   sampling(args)  # all that can be wrong, before the slow part
   for name in images:
     open_image(name)

@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 from tinygrad import Device, Tensor, TinyJit, dtypes
 from tinygrad.helpers import CPU_COUNT
+from tinygrad.nn.state import get_state_dict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vlm.py, wherever this is started from
 import vlm  # other modules are imported where they are used: a process that is measured needs none
@@ -45,6 +46,11 @@ PROMPTS = ["caption en", "detect cat ; dog", "answer en what color is the square
 
 def pixels(side):
   return np.random.default_rng(0).uniform(-1, 1, (1, 3, side, side)).astype(np.float32)
+
+
+def bytes_read(model):
+  """How many bytes of weights a token reads: all of the language model's."""
+  return sum(t.nbytes() for t in get_state_dict(model.net.language_model).values())
 
 
 def with_side(config, side):
@@ -110,7 +116,7 @@ def measure(folder, born, steady, _, side, choices):
       work[name]()
       times[name].append((time.perf_counter() - start) / (5 if name == "decode" else 1))
   result |= {name: statistics.median(t) for name, t in times.items() if t}
-  result |= {"bytes": model.bytes, "third": marks[1] - marks[0]}
+  result |= {"bytes": bytes_read(model), "third": marks[1] - marks[0]}
   # the choice after prefixes of random text
   words = model.config.text.vocab_size // 2  # further up are <loc>, <seg> and rare ones
   rng = np.random.default_rng(1)
@@ -248,7 +254,7 @@ def calls(function, x, count):
 def limits(portable=False):
   """-> multiply-adds a second in bfloat16 (float32 where the processor has no such instructions, or if
   portable), bytes read a second, by all cores; the best of five runs each. Raises Fault."""
-  device, cores, known = vlm.find_device("CPU"), CPU_COUNT.value, "".join(vlm.kernels.processor())
+  device, cores, known = vlm.open_device("CPU"), CPU_COUNT.value, "".join(vlm.kernels.processor())
   if not vlm.kernels.runs_c(device):
     raise vlm.Fault("the machine's limits are measured in C, which this device does not run", 1)
   # numbers in a vector, sums at a time (fewer than registers), and what C calls a register: AVX-512, AVX2,
@@ -377,7 +383,7 @@ def sides(folder, wanted):
 def products():
   """The matmul kernel beside the machine: multiply-adds for 264 rows, bytes for one."""
   import quantize
-  device = vlm.find_device("CPU")
+  device = vlm.open_device("CPU")
   rng = np.random.default_rng(0)
 
   def seconds(rows, weight):

@@ -39,7 +39,7 @@ def measure(folder, device, side, batch, start):
   start of the process."""
   with bench.resized(side):
     model = vlm.load(folder, device)
-  result, P = {"load": time.time() - start, "bytes": model.bytes}, model.config.vision.patches
+  result, P = {"load": time.time() - start, "bytes": bench.bytes_read(model)}, model.config.vision.patches
   T, C = 8, 256 * -(-(P + 8 + STEPS) // 256)
   positions = vlm.layout([len(bench.TEXT)] * batch, P, T, C)
   ids = np.array([[0] * (T - len(bench.TEXT)) + bench.TEXT] * batch)

@@ -141,7 +141,7 @@ def train(path, steps, count):
   if path.exists() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
     trouble = "is there already" if path.exists() else "cannot be written"
     raise vlm.Fault(f"{path} {trouble}; choose another name")
-  device = vlm.find_device(None)
+  device = vlm.open_device(None)
   w = {name: vlm.upload(array, device).is_param_(True) for name, array in start_weights().items()}
   weights, book = list(w.values()), w[draw.EMBEDDING]
   optimizer = nn.optim.AdamW(weights, lr=0.0, b2=.99, weight_decay=0.0)
@@ -184,7 +184,7 @@ def train(path, steps, count):
 def evaluate(path):
   """Print what becomes of masks of unseen shapes that are encoded and decoded. Raises Fault."""
   path, results, used = Path(path), [], set()
-  w, decoder = draw.read(path, "encoder"), draw.Masks(path.parent, vlm.find_device(None))
+  w, decoder = draw.read(path, "encoder"), draw.Masks(path.parent, vlm.open_device(None))
   decoder.places = [path]
   for image in examples(shapes.TEST_SEED, 0, 200):
     codes, truth = encode(w, image), image > .5

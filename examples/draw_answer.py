@@ -28,7 +28,7 @@ def main(argv):
   vlm.terminal.check_picture(args.image)
   picture = vlm.open_image(args.image)
   answer = vlm.Answer(args.answer, [], vlm.parse_boxes(args.answer, *picture.size))
-  device = vlm.find_device(None) if any(box.codes for box in answer.boxes) else None
+  device = vlm.open_device(None) if any(box.codes for box in answer.boxes) else None
   vlm.terminal.Drawing(picture, answer, folder, device).save(args, [args.image])
 
 

@@ -237,7 +237,7 @@ def check_cache(mine):
   rng = np.random.default_rng(6)
   B, K, C, d = 2, 2, 8, 4
   c = vlm.TextConfig(8, 1, 8, num_key_value_heads=K, head_dim=d)
-  theirs, cache = vlm.Cache(c, B, C, vlm.find_device(None), vlm.upload), np.zeros((B, K, C, d), np.float32)
+  theirs, cache = vlm.Cache(c, B, C, vlm.open_device(None), vlm.upload), np.zeros((B, K, C, d), np.float32)
   for start, T, seen in ((0, 3, 3), (3, 1, 8), (4, 1, 8), (5, 2, 7)):
     new = rng.standard_normal((B, K, T, d)).astype(np.float32)
     right = theirs.write(start, seen, 0, Tensor(new), Tensor(new))[0].numpy()

@@ -145,20 +145,21 @@ def join_scales(arrays, shapes):
 
 
 def open_device(name):
+  """What has to be so before vlm.open_device opens it. Raises Fault."""
   if not 1 <= CPU_COUNT.value <= 1024:
     raise Fault(f"CPU_COUNT={CPU_COUNT.value}: at least 1, at most 1024")
   if not compiler_cache():
     CACHELEVEL.value = 0
   if name is None and not DEV.device and sys.platform == "linux" and not any(map(glob.glob, GPUS)):
     DEV.value = "CPU"  # tinygrad would come to this too, after it has imported all its drivers: 0.4 s
-  name = Device.canonicalize(name)
-  if name.partition(":")[0] in ("NULL", "DISK", "NPY") and not NULL_ALLOW_COPYOUT:  # gpu_dry_run.py wants that
-    raise Fault("it computes nothing")
-  if name.startswith("CPU"):
+  kind = Device.canonicalize(name).partition(":")[0]
+  if kind in ("NULL", "DISK", "NPY") and not NULL_ALLOW_COPYOUT:  # gpu_dry_run.py wants that
+    raise Fault(f"device {kind} computes nothing; omit --device, DEV")
+  if kind == "CPU":
     find_compiler()
-  if isinstance(Device[name].renderer, LLVMRenderer) and hasattr(llvm.dll, "LLVMContextSetOpaquePointers"):
-    llvm.dll.LLVMContextSetOpaquePointers(Device[name].compiler.context, 1)  # newer than LLVM 15 know
-  return name
+  with contextlib.suppress(Exception):  # of a device that is not there: that is said when it is opened
+    if isinstance(Device[name].renderer, LLVMRenderer) and hasattr(llvm.dll, "LLVMContextSetOpaquePointers"):
+      llvm.dll.LLVMContextSetOpaquePointers(Device[name].compiler.context, 1)  # newer than LLVM 15 know
 
 
 def likeliest(logits):

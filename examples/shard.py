@@ -88,7 +88,7 @@ def open_devices(name, count):
     raise vlm.Fault(f"--devices {count}: at least 2; for one there is vlm.py")
   if count > 64:
     raise vlm.Fault(f"--devices {count}: at most 64")
-  kind = vlm.find_device(name).split(":")[0]
+  kind = vlm.open_device(name).split(":")[0]
   try:
     devices = tuple(Device.canonicalize(f"{kind}:{i}") for i in range(count))
     for device in devices:

@@ -293,16 +293,17 @@ def check_picture(name, order=""):
 
 
 class Losses(logging.Handler):
-  """A training's loss as it is logged -> loss.csv and loss.png in its folder, from the first minute on."""
+  """The losses of a training as they are logged, of what it is shown and of what it is not -> loss.csv and loss.png in
+  its folder, from the first minute on."""
   def __init__(self, folder):
     super().__init__()
     self.folder, self.losses, self.written = folder, [], time.monotonic()
 
   def emit(self, record):
-    if record.levelno > logging.DEBUG or len(record.args) < 3 or isinstance(record.args[2], str):
+    if not record.msg.endswith("held-out %.3f"):
       return
-    step, steps, loss = record.args
-    self.losses.append((step, loss))
+    step, steps, *losses = record.args
+    self.losses.append((step, *losses))
     if step == steps or time.monotonic() > self.written + 20:
       self.write()
 
@@ -310,9 +311,11 @@ class Losses(logging.Handler):
     from . import draw
     self.written = time.monotonic()
     if self.losses:
-      rows = "".join(f"{step},{loss}\n" for step, loss in self.losses)
-      (self.folder / "loss.csv").write_text("step,loss\n" + rows)
-      draw.curve({"training loss": self.losses}).save(self.folder / "loss.png")
+      rows = "".join(f"{step},{shown},{held_out}\n" for step, shown, held_out in self.losses)
+      (self.folder / "loss.csv").write_text("step,loss,held_out_loss\n" + rows)
+      curves = {"training loss": [row[:2] for row in self.losses],
+                "held-out loss": [row[::2] for row in self.losses if row[0] % 50 == 1]}
+      draw.curve(curves).save(self.folder / "loss.png")
 
 
 def samples(args):

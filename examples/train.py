@@ -313,7 +313,7 @@ class Run:
 
   def prepare_toy(self):
     """-> a model that has seen nothing yet."""
-    device = vlm.find_device(self.args.device)
+    device = vlm.open_device(self.args.device)
     self.prepare_folder()
     config = vlm.read_config(self.folder / "config.json")
     tokenizer = Tokenizer(self.folder / "tokenizer.model")
