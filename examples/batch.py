@@ -1,15 +1,24 @@
-"""Lists of questions: `python examples/batch.py LIST --out ANSWERS`, and `answer_all` for programs.
+"""Many questions: `python examples/batch.py SOURCE --out ANSWERS`, and `answer_all` for programs.
 
-LIST has a JSON object on each line, {"image": FILE or [FILE, ...], "prompt": TEXT}; files are relative to its
-folder. ANSWERS gets a line for each of them, in order, {"row": its line number, "image", "prompt", "text",
-"boxes"}, or "error" instead of the last two for a row that cannot be answered. A line is written whole, at
-once, as soon as it is known, so that the file says by itself where to go on after a kill.
+SOURCE is a list with a JSON object on each line, {"image": FILE or [FILE, ...], "prompt": TEXT}, files
+relative to its folder; or a folder, a .tar or pictures, and then each --prompt is asked of each picture.
+ANSWERS gets a line for each question, in order, {"row": its number, "image", "prompt", "text", "boxes"}, or
+"error" instead of the last two for a row that cannot be answered. A line is written whole, at once, as soon
+as it is known, so that the file says by itself where to go on after a kill.
 """
+import collections
 import contextlib
+import csv
+import importlib
+import io
+import itertools
 import json
 import os
+import re
 import sys
+import tarfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vlm.py, wherever this is started from
@@ -68,12 +77,46 @@ def attempt(model, batch, options):
 
 
 def attempt_all(model, questions, size, options, fill=False):
-  """Questions as `batches` takes them -> yields an Answer or Fault for each, in order. fill: see `filled`."""
+  """Questions as `batches` takes them -> yields an Answer or Fault for each, in order. fill: see `filled`.
+  What does not fit into memory is halved, from there on."""
   for batch in batches(questions, size):
-    asked = [question for question in batch if not isinstance(question, Fault)]
-    answers = iter(attempt(model, filled(asked, size) if fill else asked, options) if asked else ())
+    asked, answers = [question for question in batch if not isinstance(question, Fault)], []
+    while len(answers) < len(asked):
+      part = asked[len(answers):][:size]
+      try:
+        answers += attempt(model, filled(part, size) if fill else part, options)[:len(part)]
+      except MemoryError:
+        if size == 1:
+          raise Fault("not even one question fits into memory; take a smaller model", code=1) from None
+        size = max(1, min(size, len(part)) // 2)
+        vlm.log.info(f"that does not fit into memory: {size} at once from here on")
+    answers = iter(answers)
     for question in batch:
       yield question if isinstance(question, Fault) else next(answers)
+
+
+def ahead(function, items, count):
+  """function of each item, in order, on a thread that is up to `count` items ahead of who asks for them."""
+  items = iter(items)
+  with ThreadPoolExecutor(1) as thread:
+    waiting = collections.deque(thread.submit(function, item) for item in itertools.islice(items, count))
+    try:
+      while waiting:
+        result = waiting.popleft().result()
+        waiting += [thread.submit(function, item) for item in itertools.islice(items, 1)]
+        yield result
+    finally:  # of whoever asks for no more
+      thread.shutdown(cancel_futures=True)
+
+
+def fitting(model, max_tokens):
+  """How many questions at once: 16, or as many as fit into half of the memory that is free."""
+  c = model.config.text
+  slots = model.config.vision.patches + max_tokens + 256
+  row = 4 * slots * (2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim + 3 * c.intermediate_size)
+  pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", ()) else "SC_PHYS_PAGES"
+  free = os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 8e9
+  return max(1, min(16, int(free / 2 / row)))
 
 
 def answer_all(model, questions, size, **options):
@@ -87,7 +130,7 @@ def answer_all(model, questions, size, **options):
     yield answer
 
 
-# ---- 2. The list ----
+# ---- 2. The source ----
 
 
 def is_text(prompt):
@@ -96,37 +139,31 @@ def is_text(prompt):
 
 
 class Row:
-  """A line of a list. number: from 1; record: what its answer begins with; images: paths; size: (width,
-  height) of the first picture, once it is opened."""
-  def __init__(self, number, line, folder):
-    self.number, self.record, self.images, self.size, trouble = number, {"row": number}, [], None, None
-    try:
-      row = json.loads(line)
-    except (ValueError, RecursionError) as e:
-      row, trouble = {}, f"not JSON ({e})"
-    if not isinstance(row, dict):
-      row, trouble = {}, "not a JSON object"
-    self.record |= {key: row[key] for key in ("image", "prompt") if key in row}
-    self.prompt = row.get("prompt")
-    names = pictures_of(row.get("image"))
-    if trouble is None and not (names and all(isinstance(name, str) and name for name in names)):
-      trouble = "'image' must be a file or a list of files"
-    elif trouble is None and not is_text(self.prompt):
-      trouble = "'prompt' must be a text"
-    elif trouble is None:
-      self.images = [folder / name for name in names]
-    self.fault = trouble and Fault(trouble)
+  """A question of a source. number: from 1; record: what its answer begins with; images: paths, or a name in
+  a .tar; size: (width, height) of the first picture, once it is opened."""
+  def __init__(self, number, record, prompt, images, trouble=None, tar=None):
+    self.number, self.record, self.prompt, self.images = number, {"row": number} | record, prompt, images
+    self.fault, self.tar, self.size = trouble and Fault(trouble), tar, None
 
-  def question(self):
-    """-> ([PIL image], prompt), or the Fault that says why it cannot be asked."""
+  def question(self, side):
+    """-> ([PIL image of the model's side], prompt), or the Fault that says why it cannot be asked."""
     if self.fault:
       return self.fault
     try:
-      pictures = [vlm.open_image(path) for path in self.images]
+      pictures = [self.open(path) for path in self.images]
     except Fault as e:
       return e
     self.size = pictures[0].size
-    return pictures, self.prompt
+    return [picture.resize((side, side), vlm.Image.Resampling.BICUBIC) for picture in pictures], self.prompt
+
+  def open(self, path):
+    if self.tar is None:
+      return vlm.open_image(path)
+    try:
+      return vlm.open_image(io.BytesIO(self.tar.extractfile(path).read()))
+    except (Fault, OSError, tarfile.TarError) as e:
+      # its name in place of the file object's
+      raise Fault(re.sub(" ?<_io[^>]*>", "", str(e) if str(e)[0] != "<" else f"{path}{e}")) from None
 
   def line(self, **more):
     return json.dumps(self.record | more).encode() + b"\n"
@@ -137,16 +174,107 @@ class Row:
     return same + b', "text": ', same + b', "error": '
 
 
-def read_list(path):
-  """-> [Row], blank lines left out. Raises Fault."""
-  try:
-    lines = regular(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-  except (OSError, ValueError) as e:
-    raise Fault(f"{path}: {getattr(e, 'strerror', e)}; LIST is a file with a JSON object on each line") from None
-  rows = [Row(i, line, path.parent) for i, line in enumerate(lines, 1) if line.strip()]
-  if not rows:
-    raise Fault(f"{path} is empty; it takes lines like " + '{"image": "a.jpg", "prompt": "caption en"}')
-  return rows
+class List:
+  """A file of JSON lines. Rows are made when they are asked for: a million of them take no memory. Raises
+  Fault."""
+  def __init__(self, path):
+    self.path = path
+    try:
+      lines = regular(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except (OSError, ValueError) as e:
+      raise Fault(f"{path}: {getattr(e, 'strerror', e)}; SOURCE is a list with a JSON object on each line, a "
+                  "folder, a .tar, or pictures") from None
+    self.lines = [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
+    if not self.lines:
+      raise Fault(f"{path} is empty; it takes lines like " + '{"image": "a.jpg", "prompt": "caption en"}')
+
+  def __len__(self):
+    return len(self.lines)
+
+  def __getitem__(self, index):
+    number, line = self.lines[index]
+    row, trouble = {}, None
+    try:
+      row = json.loads(line)
+    except (ValueError, RecursionError) as e:
+      trouble = f"not JSON ({e})"
+    if not isinstance(row, dict):
+      row, trouble = {}, "not a JSON object"
+    prompt, names = row.get("prompt"), pictures_of(row.get("image"))
+    if trouble is None and not (names and all(isinstance(name, str) and name for name in names)):
+      trouble = "'image' must be a file or a list of files"
+    elif trouble is None and not is_text(prompt):
+      trouble = "'prompt' must be a text"
+    record = {key: row[key] for key in ("image", "prompt") if key in row}
+    images = [] if trouble else [self.path.parent / name for name in names]
+    return Row(number, record, prompt, images, trouble)
+
+
+class Pictures:
+  """Each of some prompts asked of each picture: of names given, of a folder, or of a .tar, as WebDataset lays
+  out, whose other members are left alone. Raises Fault."""
+  def __init__(self, paths, prompts, pattern):
+    self.path, self.prompts, self.tar, folder = paths[0], prompts, None, None
+    if self.path.is_dir():
+      folder = self.path
+      paths = sorted(path for path in folder.rglob(pattern) if path.is_file())
+    elif self.path.suffix == ".tar":
+      try:
+        self.tar = tarfile.open(regular(self.path))
+        paths = [Path(member.name) for member in self.tar if member.isfile()]
+      except (OSError, tarfile.TarError) as e:
+        raise Fault(f"{self.path}: no .tar, or a damaged one ({getattr(e, 'strerror', 0) or e})") from None
+    known = vlm.terminal.extensions()
+    self.images = [path for path in paths if path.suffix.lower() in known]
+    self.names = [str(path.relative_to(folder) if folder else path) for path in self.images]
+    if not self.images:
+      raise Fault(f"{self.path} holds no pictures" + f" called {pattern}" * (pattern != "*"))
+
+  def __len__(self):
+    return len(self.images) * len(self.prompts)
+
+  def __getitem__(self, index):
+    if index >= len(self):
+      raise IndexError(index)
+    picture, prompt = divmod(index, len(self.prompts))
+    record = {"image": self.names[picture], "prompt": self.prompts[prompt]}
+    image = self.names[picture] if self.tar else self.images[picture]
+    return Row(index + 1, record, self.prompts[prompt], [image], tar=self.tar)
+
+
+class Part:
+  """A share of a source, as (1, 4) the first of four: one behind the other they are the whole."""
+  def __init__(self, source, part, of):
+    self.source, self.path = source, source.path
+    self.range = range(len(source) * (part - 1) // of, len(source) * part // of)
+
+  def __len__(self):
+    return len(self.range)
+
+  def __getitem__(self, index):
+    return self.source[self.range[index]]
+
+
+def read_source(args):
+  """What a command line names -> its rows. Raises Fault."""
+  paths = [Path(name) for name in args.source]
+  pictures = paths[0].is_dir() or paths[0].suffix.lower() in (".tar", *vlm.terminal.extensions())
+  if len(paths) > 1 and not all(path.suffix.lower() in vlm.terminal.extensions() for path in paths):
+    raise Fault("SOURCE: one list, folder or .tar, or several pictures")
+  if pictures and not args.prompt:
+    raise Fault('--prompt is missing: what to ask of each picture, such as --prompt "caption en"')
+  if not pictures and args.prompt:
+    raise Fault(f"{paths[0]}: a list has its own prompts, on each line; leave out --prompt")
+  if args.glob != "*" and not paths[0].is_dir():
+    raise Fault("--glob chooses among the pictures of a folder")
+  part = re.fullmatch(r"(\d{1,9})/(\d{1,9})", args.part)
+  if not part or not 1 <= int(part[1]) <= int(part[2]):
+    raise Fault(f"--part {args.part}: I/N, such as 1/4 for the first quarter")
+  if pictures:
+    source = Pictures(paths, [vlm.terminal.asked(prompt) for prompt in args.prompt], args.glob)
+  else:
+    source = List(paths[0])
+  return Part(source, int(part[1]), int(part[2]))
 
 
 # ---- 3. The answers ----
@@ -167,15 +295,14 @@ def finished(data, rows):
 
 
 class Answers:
-  """The file of answers, open at the place to go on from. before: how many rows it had; rows: what is
-  left."""
-  def __init__(self, path, rows, source):
-    self.path, self.created = path, not os.path.exists(path)
+  """The file of answers, open at the place to go on from. before: how many rows it had."""
+  def __init__(self, path, rows):
+    self.path, self.created, source = path, not os.path.exists(path), rows.path
     if not self.created:
       known = os.stat(path)
       for other in [source, *(image for row in rows for image in row.images)]:
         if os.path.exists(other) and os.path.samestat(os.stat(other), known):
-          raise Fault(f"--out {path} is the list or one of its pictures; choose another name")
+          raise Fault(f"--out {path} is the source or one of its pictures; choose another name")
     try:
       if not self.created:
         regular(path)
@@ -192,7 +319,7 @@ class Answers:
       raise Fault(f"--out {path}: another run is writing to it") from None
     except OSError as e:
       raise Fault(f"--out {path}: {e.strerror}; choose another place") from None
-    self.before, self.rows = done[0], rows[done[0]:]
+    self.before, self.rows = done[0], rows
 
   def write(self, line):
     """All of a line or none of it. Raises Fault."""
@@ -212,6 +339,10 @@ class Answers:
     if self.created:
       self.path.unlink()
 
+  def left(self):
+    """The rows that have no answer yet."""
+    return itertools.islice(self.rows, self.before, None)
+
   def exit_code(self):
     """1 where no row has an answer."""
     with self.path.open("rb") as lines:
@@ -220,30 +351,32 @@ class Answers:
 
 class Job:
   """Answers what is left, counts, and says how far it is."""
-  def __init__(self, args, answers, model):
-    self.args, self.answers, self.model, self.start = args, answers, model, time.perf_counter()
+  def __init__(self, answers, model, size):
+    self.answers, self.model, self.size, self.start = answers, model, size, time.perf_counter()
     self.draw = vlm.beside("draw")
     self.masks = self.draw.Masks(model.folder, model.device)
     self.rows = self.bad = self.pictures = 0
 
   def run(self, options):
-    rows = self.answers.rows
-    questions = (row.question() for row in rows)
-    for row, answer in zip(rows, attempt_all(self.model, questions, self.args.batch_size, options)):
+    side = self.model.config.vision.image_size
+    rows, asked = itertools.tee(self.answers.left())
+    # Pictures are opened and resized while the model computes, a batch ahead.
+    questions = ahead(lambda row: row.question(side), asked, 2 * self.size)
+    for row, answer in zip(rows, attempt_all(self.model, questions, self.size, options)):
       self.finish(row, answer)
 
   def finish(self, row, answer):
     if isinstance(answer, Fault):
-      vlm.log.critical(f"batch: {self.args.list} line {row.number}: {' '.join(str(answer).split())}")
+      vlm.log.critical(f"batch: {self.answers.rows.path} row {row.number}: {' '.join(str(answer).split())}")
       self.answers.write(row.line(error=str(answer)))
       self.bad += 1
     else:
-      self.answers.write(row.line(text=answer.text, boxes=self.entries(answer.boxes, *row.size)))
+      boxes = vlm.parse_boxes(answer.text, *row.size)  # in pixels of the picture, not of the model's square
+      self.answers.write(row.line(text=answer.text, boxes=self.entries(boxes, *row.size)))
       self.pictures += len(row.images)
     self.rows += 1
-    before, spent, left = self.answers.before, self.seconds(), len(self.answers.rows) - self.rows
-    vlm.terminal.bar(before + self.rows, before + self.rows + left,
-                     f"rows, {self.pictures / spent:.2f} pictures/s")
+    vlm.terminal.bar(self.answers.before + self.rows, len(self.answers.rows),
+                     f"rows, {self.pictures / self.seconds():.2f} pictures/s")
 
   def entries(self, boxes, width, height):
     """-> the boxes as JSON has them, without masks where there is no file for these."""
@@ -265,40 +398,101 @@ class Job:
             f"{self.seconds():.1f} s, {self.pictures / self.seconds():.2f} pictures/s")
 
 
-# ---- 4. Command line ----
+# ---- 4. Tables ----
+COLUMNS = "row", "image", "prompt", "text", "boxes", "error"
+TABLES = ".csv", ".parquet"
+
+
+def table_rows(lines):
+  """Lines of answers -> what a table has of them: texts as they are, lists as JSON."""
+  for line in lines:
+    row = json.loads(line)
+    yield {name: value if isinstance(value, (str, int)) else json.dumps(value)
+           for name in COLUMNS if (value := row.get(name)) is not None}
+
+
+def check_table(path, lines):
+  """A table that is asked for, and the file of lines that goes before it. Raises Fault."""
+  if path.suffix == ".parquet":
+    try:
+      importlib.import_module("pyarrow.parquet")
+    except ImportError:
+      raise Fault(f"--out {path} needs one more package: python -m pip install pyarrow; .csv needs none"
+                  ) from None
+  if path.exists() and not lines.exists():
+    raise Fault(f"--out {path} is there already, without its {lines.name}; choose another name")
+
+
+def write_table(lines, path):
+  """A file of answers -> the table, whole or not at all. Raises Fault."""
+  half = path.with_name(path.name + ".part")
+  try:
+    with lines.open("rb") as source:
+      if path.suffix == ".csv":
+        with half.open("w", newline="", encoding="utf-8") as file:
+          table = csv.DictWriter(file, COLUMNS)
+          table.writeheader()
+          table.writerows(table_rows(source))
+      else:
+        import pyarrow
+        import pyarrow.parquet
+        types = [(name, pyarrow.int64() if name == "row" else pyarrow.string()) for name in COLUMNS]
+        rows = table_rows(source)
+        with pyarrow.parquet.ParquetWriter(half, pyarrow.schema(types)) as table:
+          while some := list(itertools.islice(rows, 10_000)):
+            table.write_table(pyarrow.Table.from_pylist(some, pyarrow.schema(types)))
+    os.replace(half, path)
+  except OSError as e:
+    half.unlink(missing_ok=True)
+    raise Fault(f"--out {path}: {e.strerror}; the answers are in {lines}", code=1) from None
+
+
+# ---- 5. Command line ----
 
 
 @vlm.program
 def main(argv):
   p = vlm.terminal.ArgumentParser(prog="batch.py", allow_abbrev=False,
-                 description="Answer a list of questions about pictures. Started again, it goes on.")
-  p.add_argument("list", metavar="LIST", help='file of lines like {"image": "a.jpg", "prompt": "caption en"}')
-  p.add_argument("--out", metavar="ANSWERS", required=True, help="file that gets a JSON object for each line")
-  p.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows at once (default %(default)s)")
+                 description="Answer many questions about pictures. Started again, it goes on.")
+  p.add_argument("source", metavar="SOURCE", nargs="+", help="a list of lines like {\"image\": \"a.jpg\", "
+                 "\"prompt\": \"caption en\"}, a folder, a .tar, or pictures")
+  p.add_argument("--prompt", action="append", metavar="TEXT", help="what to ask of each picture; repeatable")
+  p.add_argument("--glob", default="*", metavar="PATTERN", help="which pictures of a folder")
+  p.add_argument("--out", metavar="ANSWERS", required=True,
+                 help="a line of JSON for each row; .csv, .parquet: a table, made of these at the end")
+  p.add_argument("--batch-size", default="auto", metavar="N", help="rows at once (default: 16, if they fit)")
+  p.add_argument("--part", default="1/1", metavar="I/N", help="the share of one of N machines (default: all)")
   vlm.add_arguments(p)
   args = p.parse_args(argv)
   vlm.terminal.check_sampling(args)
   options = vlm.sampling(args)
-  if not 1 <= args.batch_size <= 10_000:
-    raise Fault("--batch-size: at least 1, at most 10000")
-  source = Path(args.list)
-  answers = Answers(Path(args.out), read_list(source), source)
+  if args.batch_size != "auto" and not re.fullmatch("[1-9][0-9]{0,3}", args.batch_size):
+    raise Fault("--batch-size: a number from 1 to 9999, or auto")
+  out = Path(args.out)
+  lines = out.with_name(out.name + ".jsonl") if out.suffix in TABLES else out
+  rows = read_source(args)
+  if lines != out:
+    check_table(out, lines)
+  answers = Answers(lines, rows)
   with answers.file:
-    if not answers.rows:
-      vlm.log.info(f"all {answers.before} rows are done: {args.out}")
-      return answers.exit_code()
-    try:
-      model = vlm.open_model(args)
-    except BaseException:
-      answers.discard()
-      raise
-    job = Job(args, answers, model)
-    try:
-      job.run(options)
-    except KeyboardInterrupt:
-      vlm.log.info(f"stopped: {job.summary()}; the same command goes on")
-      return 130
-    vlm.log.info(job.summary())
+    if answers.before == len(rows):
+      vlm.log.info(f"all {answers.before} rows are done: {lines}")
+    else:
+      try:
+        model = vlm.open_model(args)
+      except BaseException:
+        answers.discard()
+        raise
+      size = fitting(model, args.max_tokens) if args.batch_size == "auto" else int(args.batch_size)
+      job = Job(answers, model, size)
+      try:
+        job.run(options)
+      except KeyboardInterrupt:
+        vlm.log.info(f"stopped: {job.summary()}; the same command goes on")
+        return 130
+      vlm.log.info(job.summary())
+    if lines != out:
+      write_table(lines, out)
     return answers.exit_code()
 
 

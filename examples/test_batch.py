@@ -2,6 +2,7 @@
 transformers itself, with new seeds and sizes at every run (VLM_SEED=N repeats one); that needs torch and
 transformers."""
 import base64
+import csv
 import functools
 import io
 import json
@@ -10,9 +11,9 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -151,7 +152,7 @@ def do(*argv, out="answers.jsonl", quiet=True):
 
 class Echo:
   """A model that answers with what it was asked, and counts."""
-  config, folder, device = SimpleNamespace(note=""), ".", "CPU"
+  config, folder, device = vlm.read_config(WEIGHTS / "tiny1" / "config.json"), ".", "CPU"
   def __init__(self):
     self.sizes, self.fail = [], lambda prompt: None
   def generate(self, images, prompts, **options):
@@ -206,7 +207,7 @@ def test_batches_are_full_and_boxes_are_there(echo):
   assert echo.sizes == [4, 3, 1]  # a bad row takes no place
   rows = read()
   assert [row["row"] for row in rows] == list(range(1, 10)) and "error" in rows[3]
-  assert rows[1]["boxes"] == [{"label": "dog 1", "box": [0.0, 0.0, pytest.approx(50, abs=.1), 50.0]}]
+  assert rows[1]["boxes"] == [{"label": "dog 1 [(56, 56)]", "box": [0.0, 0.0, pytest.approx(50, abs=.1), 50.0]}]
 
 
 def test_bad_rows_are_reported_and_skipped(echo, capsys):
@@ -230,7 +231,7 @@ def test_bad_rows_are_reported_and_skipped(echo, capsys):
   assert ["error" in row for row in got] == [False, True] * len(bad) + [False]
   assert got[1] == {"row": 2, **bad[0], "error": got[1]["error"]} and "none.png" in got[1]["error"]
   err = capsys.readouterr().err.splitlines()
-  assert [int(re.match(r"batch: list.jsonl line (\d+): .", line)[1]) for line in err] == lines[1::2]
+  assert [int(re.match(r"batch: list.jsonl row (\d+): .", line)[1]) for line in err] == lines[1::2]
   before, asked = Path("answers.jsonl").read_bytes(), len(echo.sizes)
   assert do() == 0 and Path("answers.jsonl").read_bytes() == before and len(echo.sizes) == asked
 
@@ -249,6 +250,7 @@ def test_nothing_but_bad_rows_is_no_success(echo, capsys):
 def test_masks_are_there(echo, capsys, monkeypatch):
   picture("a.png", 1, (100, 50))
   monkeypatch.setattr(echo, "folder", WEIGHTS / "toy")
+  monkeypatch.setattr(echo, "device", vlm.open_device("CPU"))
   box = "<loc0000><loc0000><loc1023><loc0512>" + "".join(f"<seg{i:03d}>" for i in range(16)) + " dog"
   write_list({"image": "a.png", "prompt": f"{box} ; <loc0000><loc0000><loc1023><loc0512> cat"})
   assert do() == 0 and capsys.readouterr().err == ""
@@ -257,7 +259,7 @@ def test_masks_are_there(echo, capsys, monkeypatch):
   mask = drawn.Masks(WEIGHTS / "toy", vlm.open_device("CPU"))(vlm.parse_boxes(box, 100, 50)[0], 100, 50)
   read_back = np.array(Image.open(io.BytesIO(base64.b64decode(dog["mask"]))))
   assert np.array_equal(read_back, mask) and mask.shape == (50, 100)
-  assert list(cat) == ["label", "box"] and cat["label"] == "cat"
+  assert list(cat) == ["label", "box"] and cat["label"] == "cat [(56, 56)]"
 
 
 def test_without_a_decoder_masks_are_left_out(echo, capsys):
@@ -363,8 +365,12 @@ def test_mistakes_on_the_command_line(echo, capsys):
   write_list({"image": "a.png", "prompt": "x"})
   Path("empty.jsonl").write_text("\n \n")
   for argv, words in (
-      ("list.jsonl", "--out"), ("none.jsonl --out o", "none.jsonl"), ("--out o", "LIST"),
-      ("empty.jsonl --out o", "empty"), (". --out o", "JSON"), ("list.jsonl a.png --out o", "a.png"),
+      ("list.jsonl", "--out"), ("none.jsonl --out o", "none.jsonl"), ("--out o", "SOURCE"),
+      ("empty.jsonl --out o", "empty"), (". --out o", "--prompt"), ("list.jsonl a.png --out o", "SOURCE"),
+      ("list.jsonl --prompt x --out o", "leave out"), ("a.png --out o", "--prompt"),
+      (". --prompt ocr --glob *.jpg --out o", "no pictures called"), ("a.png --glob *.png --prompt ocr --out o", "--glob"),
+      ("none.tar --prompt ocr --out o", "none.tar"), ("none.png --prompt ocr --part 2/1 --out o", "--part"),
+      ("list.jsonl --part 0/1 --out o", "--part"), ("list.jsonl --part x --out o", "--part"),
       ("list.jsonl --out o --json", "--json"), ("list.jsonl --out o --layer 3", "--layer"),
       ("list.jsonl --out o --batch-size 0", "--batch-size"), ("list.jsonl --out o --batch 3", "--batch"),
       ("list.jsonl --out o --batch-size x", "--batch-size"), ("list.jsonl --out o --seed 3", "--seed"),
@@ -401,6 +407,149 @@ def test_progress_on_a_terminal_only(echo, capsys, monkeypatch):
   assert "pictures/s" in shown
   Path("answers.jsonl").unlink()
   assert do(quiet=False) == 0 and "[#" not in capsys.readouterr().err
+
+# ---- folders, tars, pictures; parts; tables ----
+@pytest.fixture
+def pictures():
+  """4 pictures in a folder and one below it, beside something else, and all in a .tar, too"""
+  Path("photos/more").mkdir(parents=True)
+  names = ["photos/b.png", "photos/a.JPG", "photos/more/c.png", "photos/d.png", "photos/e.txt"]
+  for i, name in enumerate(names):
+    Image.new("RGB", (20 + i, 30)).save(name, "PNG")
+  with tarfile.open("photos.tar", "w") as tar:
+    for name in sorted(names):
+      tar.add(name)
+  return names
+
+
+def ask_all(*argv, out="answers.jsonl"):
+  code = batch.main([*map(str, argv), "--out", out, "--quiet"])
+  return code, read() if out == "answers.jsonl" else None
+
+
+def test_every_kind_of_source(echo, pictures, capsys):
+  names = ["a.JPG", "b.png", "d.png", "more/c.png"]
+  for argv, found in ((["photos"], names), (["photos.tar"], [f"photos/{name}" for name in names]),
+                      (pictures[:2], pictures[:2]), (["photos/d.png"], ["photos/d.png"]),
+                      (["photos", "--glob", "*.png"], names[1:])):
+    code, rows = ask_all(*argv, "--prompt", "caption en", "--prompt", "detect a; b")
+    assert code == 0 and [row["row"] for row in rows] == list(range(1, 2 * len(found) + 1))
+    assert [row["image"] for row in rows] == [name for name in found for _ in range(2)]
+    assert [row["prompt"] for row in rows] == ["caption en", "detect a ; b"] * len(found)
+    assert all("text" in row for row in rows)
+    Path("answers.jsonl").unlink()
+  Path("photos/b.png").write_bytes(b"nothing")
+  with tarfile.open("bad.tar", "w") as tar:
+    tar.add("photos/b.png")
+    tar.add("photos/d.png")
+  capsys.readouterr()
+  code, rows = ask_all("bad.tar", "--prompt", "x")
+  assert code == 0 and "error" in rows[0] and "text" in rows[1]
+  err = capsys.readouterr().err
+  assert "bad.tar row 1: photos/b.png: not an image" in err and "0x" not in err
+
+
+def test_parts_are_the_whole(echo, pictures):
+  argv = ["photos", "--prompt", "x", "--prompt", "y"]
+  ask_all(*argv)
+  whole, parts = Path("answers.jsonl").read_bytes(), b""
+  for i in (1, 2, 3):
+    assert ask_all(*argv, "--part", f"{i}/3", out=f"{i}.jsonl")[0] == 0
+    part = Path(f"{i}.jsonl").read_bytes()
+    assert 2 <= part.count(b"\n") <= 3
+    parts += part
+  assert parts == whole
+  assert ask_all(*argv, "--part", "2/3", out="1.jsonl")[0] == 2  # holds another part's
+
+
+def test_tables(echo, pictures, capsys, monkeypatch):
+  box = "<loc0000><loc0000><loc1023><loc0512> dog"
+  picture("a.png", 1, (100, 50))
+  write_list({"image": "a.png", "prompt": box}, {"image": ["a.png", "a.png"], "prompt": 'a "b", c\nd'},
+             {"image": "none.png", "prompt": "x"})
+  assert ask_all("list.jsonl", out="t.csv")[0] == 0
+  with open("t.csv", newline="") as file:
+    one, two, three = csv.DictReader(file)
+  assert one["text"].startswith(box) and json.loads(one["boxes"])[0]["box"] == [0, 0, pytest.approx(50, abs=.1), 50]
+  assert two["prompt"] == 'a "b", c\nd' and json.loads(two["image"]) == ["a.png", "a.png"] and not two["error"]
+  assert "none.png" in three["error"] and three["text"] == "" and three["row"] == "3"
+  table, asked = Path("t.csv").read_bytes(), len(echo.sizes)
+  Path("t.csv").unlink()
+  assert ask_all("list.jsonl", out="t.csv")[0] == 0 and Path("t.csv").read_bytes() == table
+  assert len(echo.sizes) == asked  # of the lines that are there
+  Path("t.csv.jsonl").unlink()
+  capsys.readouterr()
+  assert ask_all("list.jsonl", out="t.csv")[0] == 2 and "another name" in capsys.readouterr().err
+  assert Path("t.csv").read_bytes() == table
+  monkeypatch.setitem(sys.modules, "pyarrow", None)
+  assert ask_all("list.jsonl", out="t.parquet")[0] == 2 and "pip install pyarrow" in capsys.readouterr().err
+  assert not list(Path().glob("t.parquet*"))
+
+
+def test_live_parquet(echo):
+  if os.environ.get("VLM_LIVE"):  # CI, which must not skip
+    import pyarrow  # noqa: F401
+  parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow: see .ci/run")
+  picture("a.png", 1)
+  write_list({"image": "a.png", "prompt": "x"}, {"image": "none.png", "prompt": "x"})
+  assert ask_all("list.jsonl", out="t.parquet")[0] == 0
+  one, two = parquet.read_table("t.parquet").to_pylist()
+  assert one["row"] == 1 and one["text"].startswith("x") and one["error"] is None and "none.png" in two["error"]
+
+
+def test_what_does_not_fit_into_memory_is_halved(echo, capsys):
+  picture("a.png", 1)
+  write_list(*[{"image": "a.png", "prompt": str(i)} for i in range(11)])
+  generate = echo.generate
+  def small(images, prompts, **options):
+    if len(prompts) > 3:
+      raise MemoryError
+    return generate(images, prompts, **options)
+  echo.generate = small
+  assert do("--batch-size", 8, quiet=False) == 0 and echo.sizes == [2] * 4 + [2, 1]
+  assert [row["text"][:2].strip() for row in read()] == [str(i) for i in range(11)]
+  assert capsys.readouterr().err.count("fit into memory") == 2
+  Path("answers.jsonl").unlink()
+  echo.generate = lambda *inputs, **options: 1 // 0 if len(inputs[0]) > 1 else small([0] * 4, [0] * 4)
+  assert do("--batch-size", 1) == 1 and "smaller model" in capsys.readouterr().err
+
+
+def test_the_size_of_a_batch_is_what_fits(monkeypatch):
+  m, pages = model("tiny1"), {}
+  monkeypatch.setattr(os, "sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else pages["free"])
+  sizes = []
+  for pages["free"] in (10, 2000, 10 ** 6):
+    sizes.append(batch.fitting(m, 256))
+  assert sizes[0] == 1 < sizes[1] < sizes[2] == 16
+
+
+def test_pictures_are_opened_ahead():
+  opened, used = [], []
+  def look(i):
+    opened.append(i)
+    return i
+  for i in batch.ahead(look, range(9), 3):
+    used.append(i)
+    assert len(opened) <= i + 4  # not all at once
+  assert used == list(range(9))
+  def fail(i):
+    raise ValueError(i)
+  with pytest.raises(ValueError):
+    next(batch.ahead(fail, range(9), 3))
+  waits = batch.ahead(lambda i: time.sleep(.01) or i, range(10 ** 9), 3)
+  assert next(waits) == 0
+  waits.close()  # who asks for no more is not waited for
+
+
+def test_several_prompts_cost_one_vision(monkeypatch, pictures):
+  m, seen = model("tiny1"), []
+  monkeypatch.setattr(vlm, "load", lambda *args, **options: m)
+  run = vlm.VLM._run
+  monkeypatch.setattr(vlm.VLM, "_run", lambda self, key, *rest: (seen.append(key[0]), run(self, key, *rest))[1])
+  m.features.clear()
+  code, rows = ask_all("photos/b.png", "--prompt", "x", "--prompt", "y", "--max-tokens", 3, "--batch-size", 1,
+                       "--weights", WEIGHTS / "tiny1")
+  assert code == 0 and seen.count("vision") == 1 and seen.count("prefill") == 2
 
 COMMAND = [sys.executable, ROOT / "examples/batch.py", "list.jsonl", "--weights", WEIGHTS / "tiny1",
            "--batch-size", "2", "--max-tokens", "12"]
