@@ -350,33 +350,33 @@ class Answers:
 
 
 class Job:
-  """Answers what is left, counts, and says how far it is."""
-  def __init__(self, answers, model, size):
-    self.answers, self.model, self.size, self.start = answers, model, size, time.perf_counter()
+  """Answers rows of a source, `size` at once, counts, and says how far it is."""
+  def __init__(self, source, model, size):
+    self.source, self.model, self.size, self.start = source, model, size, time.perf_counter()
     self.draw = vlm.beside("draw")
     self.masks = self.draw.Masks(model.folder, model.device)
-    self.rows = self.bad = self.pictures = 0
+    self.bad = self.pictures = 0
 
-  def run(self, options):
-    side = self.model.config.vision.image_size
-    rows, asked = itertools.tee(self.answers.left())
+  def lines(self, rows, options):
+    """Rows -> yields for each the row and its line of answers."""
+    side, (rows, asked) = self.model.config.vision.image_size, itertools.tee(rows)
     # Pictures are opened and resized while the model computes, a batch ahead.
     questions = ahead(lambda row: row.question(side), asked, 2 * self.size)
     for row, answer in zip(rows, attempt_all(self.model, questions, self.size, options)):
-      self.finish(row, answer)
+      if isinstance(answer, Fault):
+        vlm.log.critical(f"batch: {self.source} row {row.number}: {' '.join(str(answer).split())}")
+        self.bad += 1
+        yield row, row.line(error=str(answer))
+      else:
+        boxes = vlm.parse_boxes(answer.text, *row.size)  # in pixels of the picture, not of the model's square
+        self.pictures += len(row.images)
+        yield row, row.line(text=answer.text, boxes=self.entries(boxes, *row.size))
 
-  def finish(self, row, answer):
-    if isinstance(answer, Fault):
-      vlm.log.critical(f"batch: {self.answers.rows.path} row {row.number}: {' '.join(str(answer).split())}")
-      self.answers.write(row.line(error=str(answer)))
-      self.bad += 1
-    else:
-      boxes = vlm.parse_boxes(answer.text, *row.size)  # in pixels of the picture, not of the model's square
-      self.answers.write(row.line(text=answer.text, boxes=self.entries(boxes, *row.size)))
-      self.pictures += len(row.images)
-    self.rows += 1
-    vlm.terminal.bar(self.answers.before + self.rows, len(self.answers.rows),
-                     f"rows, {self.pictures / self.seconds():.2f} pictures/s")
+  def run(self, answers, options):
+    """Answers what has no answer yet."""
+    for done, (row, line) in enumerate(self.lines(answers.left(), options), answers.before + 1):
+      answers.write(line)
+      vlm.terminal.bar(done, len(answers.rows), f"rows, {self.pictures / self.seconds():.2f} pictures/s")
 
   def entries(self, boxes, width, height):
     """-> the boxes as JSON has them, without masks where there is no file for these."""
@@ -390,11 +390,11 @@ class Job:
   def seconds(self):
     return time.perf_counter() - self.start
 
-  def summary(self):
-    before = f", {self.answers.before} of them before" if self.answers.before else ""
+  def summary(self, answers):
+    before = f", {answers.before} of them before" if answers.before else ""
     bad = f", {self.bad} of them bad" if self.bad else ""
-    rows = self.answers.path.read_bytes().count(b"\n")  # Ctrl-C may fall between a line and its being counted
-    return (f"{rows} rows{before}{bad}: {self.answers.path}; {self.pictures} pictures in "
+    rows = answers.path.read_bytes().count(b"\n")  # Ctrl-C may fall between a line and its being counted
+    return (f"{rows} rows{before}{bad}: {answers.path}; {self.pictures} pictures in "
             f"{self.seconds():.1f} s, {self.pictures / self.seconds():.2f} pictures/s")
 
 
@@ -450,14 +450,18 @@ def write_table(lines, path):
 # ---- 5. Command line ----
 
 
-@vlm.program
-def main(argv):
-  p = vlm.terminal.ArgumentParser(prog="batch.py", allow_abbrev=False,
-                 description="Answer many questions about pictures. Started again, it goes on.")
+def add_source(p):
   p.add_argument("source", metavar="SOURCE", nargs="+", help="a list of lines like {\"image\": \"a.jpg\", "
                  "\"prompt\": \"caption en\"}, a folder, a .tar, or pictures")
   p.add_argument("--prompt", action="append", metavar="TEXT", help="what to ask of each picture; repeatable")
   p.add_argument("--glob", default="*", metavar="PATTERN", help="which pictures of a folder")
+
+
+@vlm.program
+def main(argv):
+  p = vlm.terminal.ArgumentParser(prog="batch.py", allow_abbrev=False,
+                 description="Answer many questions about pictures. Started again, it goes on.")
+  add_source(p)
   p.add_argument("--out", metavar="ANSWERS", required=True,
                  help="a line of JSON for each row; .csv, .parquet: a table, made of these at the end")
   p.add_argument("--batch-size", default="auto", metavar="N", help="rows at once (default: 16, if they fit)")
@@ -484,13 +488,13 @@ def main(argv):
         answers.discard()
         raise
       size = fitting(model, args.max_tokens) if args.batch_size == "auto" else int(args.batch_size)
-      job = Job(answers, model, size)
+      job = Job(rows.path, model, size)
       try:
-        job.run(options)
+        job.run(answers, options)
       except KeyboardInterrupt:
-        vlm.log.info(f"stopped: {job.summary()}; the same command goes on")
+        vlm.log.info(f"stopped: {job.summary(answers)}; the same command goes on")
         return 130
-      vlm.log.info(job.summary())
+      vlm.log.info(job.summary(answers))
     if lines != out:
       write_table(lines, out)
     return answers.exit_code()
