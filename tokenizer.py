@@ -7,13 +7,14 @@ import codecs
 import errno
 import functools
 import importlib
+import numbers
 import os
 import re
 import stat
 import string
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -61,6 +62,21 @@ def check_text(text):
     raise Fault("the text is not UTF-8")
 
 
+def check_numbers(options):
+  """options: a dataclass of int and float fields; a field may be None if that is its default. Raises Fault."""
+  for f in fields(options):
+    value, kind = getattr(options, f.name), numbers.Real if f.type is float else numbers.Integral
+    if not (isinstance(value, kind) and not isinstance(value, bool) or value is None and f.default is None):
+      raise Fault(f"{f.name} is a number of type {f.type.__name__}, and not {value!r:.99}")
+
+
+def as_path(folder):
+  """-> the Path of a folder. Raises Fault of what is none."""
+  if not isinstance(folder, (str, os.PathLike)):
+    raise Fault(f"folder is a path, and not {folder!r:.99}")
+  return Path(folder)
+
+
 class Turns:
   """The right to use one model, whose programs and KV cache hold one question: a thread waits for another's, and an
   answer that is taken step by step ends with a Fault when another question was asked meanwhile."""
@@ -81,8 +97,10 @@ def in_turn(steps):
   def call(self, images, prompts, **options):
     for name, given in (("images", images), ("prompts", prompts)):
       if not isinstance(given, (list, tuple)):  # the letters of a text would be taken for pictures
-        raise Fault(f"{name} is a list, of one for each answer, and not a {type(given).__name__}; stream(image, prompt) asks "
-                    "one question")
+        raise Fault(f"{name} is a list, of one for each answer, and not a {type(given).__name__}; "
+                    "stream(image, prompt) asks one question")
+    if len(images) != len(prompts) or not prompts:
+      raise Fault(f"{len(images)} images for {len(prompts)} prompts: give one for each")
     turn, rest, step = object(), steps(self, images, prompts, **options), None
     with self.turns:
       self.turns.now = turn

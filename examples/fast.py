@@ -149,6 +149,8 @@ def open_device(name):
     raise Fault(f"CPU_COUNT={CPU_COUNT.value}: at least 1, at most 1024")
   if not compiler_cache():
     CACHELEVEL.value = 0
+  if name is not None and not (name and isinstance(name, str)):
+    raise Fault("its name is to be a text, as CPU is")
   if name is None and not DEV.device and sys.platform == "linux" and not any(map(glob.glob, GPUS)):
     DEV.value = "CPU"  # tinygrad would come to this too, after it has imported all its drivers: 0.4 s
   name = Device.canonicalize(name)
