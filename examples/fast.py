@@ -230,6 +230,8 @@ def compiler_cache():
     if not CACHE.is_absolute():  # no home folder
       return False
     Path(CACHEDB).parent.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(Path(CACHEDB).parent).free < ROOM:
+      return False
     with contextlib.closing(sqlite3.connect(CACHEDB, timeout=60)) as base:
       base.execute("PRAGMA user_version=0")  # writes
       base.execute("SELECT name FROM sqlite_master").fetchall()

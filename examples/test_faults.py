@@ -1,6 +1,7 @@
 """What a shell, a machine and other people do to the programs: streams that are full, closed or end early, environments
 without home, compiler or sense. Each is a process of its own."""
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,6 +83,59 @@ def test_a_cache_that_cannot_be_written(case, tmp_path):
   without += {"no home": ["HOME"], "no PATH": ["PATH"]}.get(case, [])
   code, out, err = shell('"$@"', *ASK, env=env, without=[name for name in without if name not in env], folder=tmp_path)
   assert (code, out) == (0, RIGHT + "\n") and not (tmp_path / "~").exists()
+
+
+ROOT_USER = hasattr(os, "geteuid") and os.geteuid() == 0
+
+
+def works(*command):
+  """Whether a program of the system is there and may do that here."""
+  return bool(shutil.which(command[0])) and subprocess.run(command, capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(ROOT_USER and not works("setpriv", "--bounding-set=-dac_override", "true"), reason="no setpriv")
+def test_a_warm_cache_that_can_only_be_read_is_used(tmp_path):
+  """nothing is compiled again: a compiler that counts is asked once, whether it is clang"""
+  zig = shutil.which("clang") or f"{Path(pytest.importorskip('ziglang').__file__).with_name('zig')} clang"
+  compiler, asked, cache = tmp_path / "clang", tmp_path / "asked", tmp_path / "cache"
+  compiler.write_text(f"#!/bin/sh\necho >> '{asked}'\nexec {zig} \"$@\"\n")
+  compiler.chmod(0o755)
+  env = {"CC": str(compiler), "XDG_CACHE_HOME": str(cache)}
+  assert shell('"$@"', *ASK, env=env)[:2] == (0, RIGHT + "\n")
+  assert asked.read_text().count("\n") > 5
+  asked.unlink()
+  shutil.rmtree(cache / "tinygrad")  # of vlm's own programs alone
+  for path in (*cache.glob("*/*"), *cache.iterdir(), cache):
+    path.chmod(0o500)
+  obeying = "setpriv --bounding-set=-dac_override " if ROOT_USER else ""  # root may write anywhere, but without that
+  assert shell(obeying + '"$@"', *ASK, env=env)[:2] == (0, RIGHT + "\n")
+  assert asked.read_text() == "\n"
+  for path in (cache, *cache.iterdir()):
+    path.chmod(0o700)
+  assert [path.name for path in cache.iterdir()] == ["vlm"]
+
+
+READS_ALL = "--inh-caps=+dac_read_search --ambient-caps=+dac_read_search"  # Python may lie in root's home
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not ROOT_USER or not works("setpriv", "--reuid=12345", *READS_ALL.split(), "true"), reason="not root")
+def test_a_user_without_a_name_and_a_cold_cache_that_can_only_be_read(tmp_path):
+  (tmp_path / "cache").mkdir(mode=0o500)
+  os.chown(tmp_path / "cache", 12345, -1)
+  env = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+  code, out, err = shell(f'setpriv --reuid=12345 --clear-groups {READS_ALL} "$@"', *ASK, env=env, without=["HOME"])
+  assert (code, out) == (0, RIGHT + "\n") and not list((tmp_path / "cache").iterdir()), err
+
+
+@pytest.mark.skipif(not ROOT_USER, reason="only root mounts disks")
+def test_a_full_disk_that_executes_nothing(tmp_path):
+  if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k,noexec", "tmpfs", tmp_path], capture_output=True).returncode:
+    pytest.skip("root may mount nothing here")
+  try:
+    assert shell('"$@"', *ASK, env={"XDG_CACHE_HOME": str(tmp_path)})[:2] == (0, RIGHT + "\n")
+  finally:
+    subprocess.run(["umount", tmp_path], check=True)
 
 
 @pytest.mark.parametrize("device", ["NULL", "DISK", "NPY"])
