@@ -3,32 +3,46 @@
 A SentencePiece file from the hub holds only Gemma's base pieces; the 1024 <loc>, 128 <seg> and the <image> token
 follow them in the embedding table. big_vision's own file holds them as pieces. Both work: the file is asked first.
 """
+import os
+import signal
+import sys
+
+MAIN = sys.modules["__main__"]
+ROOT, PROGRAM = (os.path.realpath(file or "") for file in (os.path.dirname(__file__), getattr(MAIN, "__file__", None)))
+OURS = PROGRAM == os.path.join(ROOT, "vlm.py") or os.path.dirname(PROGRAM) == os.path.join(ROOT, "examples")
+
+
+def leave(number, frame):
+  """Ctrl-C: of a program that is still importing, which takes a second, there is nothing to say."""
+  if not hasattr(MAIN, "main"):
+    os._exit(130)
+  signal.default_int_handler(number, frame)
+
+
+if OURS and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+  signal.signal(signal.SIGINT, leave)
+
 import codecs
 import errno
 import functools
 import importlib
 import numbers
-import os
 import re
 import stat
 import string
-import sys
 import threading
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent
-MAIN = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve()
-
 try:
   import sentencepiece
-  if "vlm" in sys.modules or MAIN == ROOT / "vlm.py":  # which begins with this file, so that this is said here
+  if "vlm" in sys.modules or OURS:  # which begins with this file, so that this is said here
     for name in ("numpy", "PIL", "safetensors", "tinygrad"):
       importlib.import_module(name)
 except ModuleNotFoundError as e:
   missing = f"{e.name} is not installed; install the requirements: python -m pip install -r requirements.txt"
-  if MAIN in (ROOT / "vlm.py", *ROOT.glob("examples/*.py")):  # started as a program: one line
-    sys.exit(f"{MAIN.stem}: {missing}")
+  if OURS:  # started as a program: one line
+    sys.exit(f"{Path(PROGRAM).stem}: {missing}")
   raise ModuleNotFoundError(missing, name=e.name) from None
 
 LOC, SEG, CODES = 1024, 128, 16  # location and segmentation tokens of every PaliGemma, those of a mask

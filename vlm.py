@@ -11,6 +11,9 @@ H heads, K key/value heads, d head size, D width, V vocabulary; v SigLIP's. A Li
 in the files. Sections 1 to 5 are the model, 6 to 12 what it takes to use it.
 Papers: PaliGemma arxiv.org/abs/2407.07726 and 2412.03555, Gemma 2403.08295 and 2408.00118, SigLIP 2303.15343.
 """
+# First, because it says what is not installed, and ends quietly on Ctrl-C.
+from tokenizer import (Fault, Tokenizer, Turns, as_path, check_numbers, in_turn, learn_characters,
+                       parse_boxes, regular)
 import argparse
 import functools
 import importlib
@@ -27,9 +30,6 @@ from pathlib import Path
 from time import perf_counter
 from types import ModuleType, SimpleNamespace
 
-# First, because it says what is not installed.
-from tokenizer import (Fault, Tokenizer, Turns, as_path, check_numbers, in_turn, learn_characters,
-                       parse_boxes, regular)
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 from safetensors import SafetensorError, safe_open

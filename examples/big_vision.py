@@ -26,11 +26,10 @@ import zlib
 from collections import namedtuple
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vlm.py, wherever this is started from
+import vlm  # first, because it says what is not installed
+import numpy as np
 import checkpoint
-import vlm
 from vlm import Fault
 
 ROOT = Path(vlm.__file__).resolve().parent

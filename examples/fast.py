@@ -227,7 +227,7 @@ def forward_in_c(x):
 def compiler_cache():
   """Whether tinygrad's own cache, a database of compiled kernels, can be used; what cannot would raise in the middle."""
   try:
-    if not CACHE.is_absolute():  # no home folder
+    if not CACHE.is_absolute() or os.environ.get("XDG_CACHE_HOME") == "":  # it would be where this is started
       return False
     Path(CACHEDB).parent.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(Path(CACHEDB).parent).free < ROOM:

@@ -49,6 +49,50 @@ def test_an_encoding_that_lacks_characters(tmp_path):
   assert shell('"$@"', "-c", code, str(ROOT), env={"PYTHONIOENCODING": "cp1252"})[:2] == (0, "\\u65e5 \\udcff\n")
 
 
+PROGRAMS = [path for path in (ROOT / "vlm.py", *sorted(ROOT.glob("examples/*.py")))
+            if not path.name.startswith("test_") and "@program\ndef main" in path.read_text().replace("vlm.", "")]
+
+
+def started(code, path, folder):
+  """A program without words, in whose process that code runs first -> what became of it."""
+  (folder / "sitecustomize.py").write_text(code)
+  return shell('"$@"', str(path), env={"PYTHONPATH": str(folder)}, folder=folder)
+
+
+@pytest.mark.parametrize("package", ["numpy", "tinygrad"])
+def test_programs_without_a_package(package, tmp_path):
+  line = f"{package} is not installed; install the requirements: python -m pip install -r requirements.txt"
+  assert len(PROGRAMS) > 10
+  for path in PROGRAMS:
+    assert started(f"import sys; sys.modules[{package!r}] = None", path, tmp_path) == (1, "", f"{path.stem}: {line}\n")
+
+
+AT = """
+import os, signal, sys
+def hook(event, words):
+  if event == "import" and words[0] == {!r}:
+    os.kill(os.getpid(), signal.{})
+sys.addaudithook(hook)
+"""
+
+
+def test_ctrl_c_before_a_program_has_begun(tmp_path):
+  """while it imports this or that, which takes a second together"""
+  moments = [(path, name) for path in PROGRAMS for name in ("sentencepiece", "tinygrad.helpers")]
+  moments += [(ROOT / "vlm.py", name) for name in ("pathlib", "threading", "numpy.linalg", "safetensors.numpy", "sqlite3", "shlex")]
+  for path, name in [*moments, (ROOT / "examples" / "train.py", "codebook")]:
+    assert started(AT.format(name, "SIGINT"), path, tmp_path) == (130, "", ""), (path, name)
+  assert started(AT.format("tinygrad.helpers", "SIGTERM"), ROOT / "vlm.py", tmp_path)[:2] == (143, "")
+
+
+def test_ctrl_c_is_left_to_programs_that_import_vlm(tmp_path):
+  code = "import signal, sys; sys.path.insert(0, sys.argv[1]); import vlm; " \
+         "print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+  assert shell('"$@"', "-c", code, str(ROOT))[:2] == (0, "True\n")
+  (tmp_path / "main.py").write_text(code)
+  assert shell('"$@"', "main.py", str(ROOT), folder=tmp_path)[:2] == (0, "True\n")
+
+
 def test_sigterm_is_an_end_like_another(tmp_path):
   job = subprocess.Popen([sys.executable, str(ROOT / "examples" / "codebook.py"), "--train", str(tmp_path / "a.npz")],
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -71,9 +115,9 @@ def test_a_compiler_that_is_none(env, tmp_path):
   assert ("is not used" in err) == bool(env.get("CC"))
 
 
-@pytest.mark.parametrize("case", ["no home", "no folder", "garbage", "no PATH"])
+@pytest.mark.parametrize("case", ["no home", "no folder", "garbage", "no PATH", "no name"])
 def test_a_cache_that_cannot_be_written(case, tmp_path):
-  env, without = {"no folder": {"HOME": "/dev/null"}, "garbage": {"XDG_CACHE_HOME": str(tmp_path)}}.get(case, {}), ["XDG_CACHE_HOME"]
+  env, without = {"no folder": {"HOME": "/dev/null"}, "no name": {"XDG_CACHE_HOME": "", "HOME": str(tmp_path)}, "garbage": {"XDG_CACHE_HOME": str(tmp_path)}}.get(case, {}), ["XDG_CACHE_HOME"]
   if case == "garbage":
     for name in ("tinygrad", "vlm"):
       (tmp_path / name).mkdir(mode=0o700)
@@ -83,6 +127,7 @@ def test_a_cache_that_cannot_be_written(case, tmp_path):
   without += {"no home": ["HOME"], "no PATH": ["PATH"]}.get(case, [])
   code, out, err = shell('"$@"', *ASK, env=env, without=[name for name in without if name not in env], folder=tmp_path)
   assert (code, out) == (0, RIGHT + "\n") and not (tmp_path / "~").exists()
+  assert not (tmp_path / "tinygrad").exists() or case in ("garbage", "no PATH")
 
 
 ROOT_USER = hasattr(os, "geteuid") and os.geteuid() == 0
