@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vlm.py, wherever
 import vlm  # first, because it says what is not installed
 import numpy as np
 import checkpoint
+from tokenizer import regular
 from vlm import Fault
 
 ROOT = Path(vlm.__file__).resolve().parent
@@ -173,7 +174,7 @@ def members(path):
   """An .npz -> {name: Member}, without the prefix params/; no data is read. Raises Fault."""
   found = {}
   try:
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(regular(path)) as archive:
       for entry in archive.infolist():
         name = entry.filename.removesuffix(".npy").removeprefix("params/")
         with archive.open(entry) as file:
@@ -224,7 +225,7 @@ def supplement(path):
   """What is not in the shapes: the content of pt_224.json beside pt_224.npz, {} without one. Raises Fault."""
   path = path.with_suffix(".json")
   try:
-    top = json.loads(path.read_text()) if path.exists() else {}
+    top = json.loads(regular(path).read_text()) if path.exists() else {}
     if all(isinstance(part, dict) for part in (top, *(top.get(name, {}) for name in PARTS))):
       return top
   except (OSError, ValueError, AttributeError):
@@ -331,6 +332,7 @@ def to_npz(folder, path):
   if there := [file for file in (path, *beside) if file.exists()]:
     raise Fault(f"{there[0]} is there already; choose another place for the .npz")
   c, weights = vlm.read_config(folder / "config.json"), vlm.read_weights(folder)
+  vlm.Tokenizer(folder / "tokenizer.model", c.text.vocab_size, c.image)
   if any(array.itemsize == 1 for array in weights.values()):
     raise Fault(f"{folder} is quantised, and this layout is not; give the weights it was made of")
   v, t, table = c.vision, c.text, table_of(c.text.gemma2)

@@ -12,6 +12,7 @@ import numpy as np
 from tinygrad import dtypes
 
 import vlm
+from tokenizer import regular
 
 MASKS = vlm.beside("draw").NAME
 
@@ -58,8 +59,13 @@ def write_file(path, pieces):
 def copy_masks(source, folder):
   """The decoder of masks goes where its checkpoint goes: from a checkpoint's folder to a new one, if it is
   there."""
-  if (Path(source) / MASKS).exists():
-    write_file(Path(folder) / MASKS, [(Path(source) / MASKS).read_bytes()])
+  path = Path(source) / MASKS
+  if path.exists():
+    try:
+      data = regular(path).read_bytes()
+    except OSError as e:
+      raise vlm.Fault(f"{path}: {e.strerror}; get it again, or remove it") from None
+    write_file(Path(folder) / MASKS, [data])
 
 
 class Later:

@@ -1,6 +1,8 @@
 """What a shell, a machine and other people do to the programs: streams that are full, closed or end early, environments
 without home, compiler or sense. Each is a process of its own."""
+import importlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -9,6 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import vlm  # and with it the way to examples/
 
 ROOT = Path(__file__).resolve().parents[1]
 ASK = [str(ROOT / "vlm.py"), str(ROOT / "examples" / "shapes.png"), "caption en", "--weights", str(ROOT / "weights" / "toy")]
@@ -65,6 +70,45 @@ def test_programs_without_a_package(package, tmp_path):
   assert len(PROGRAMS) > 10
   for path in PROGRAMS:
     assert started(f"import sys; sys.modules[{package!r}] = None", path, tmp_path) == (1, "", f"{path.stem}: {line}\n")
+
+
+TINY = ROOT / "weights" / "tiny1"
+PIPES = {  # words of a program -> the pipe among its files
+  "batch pipe --out a": "pipe", "batch list --out pipe": "pipe", "big_vision pipe.npz new": "pipe.npz",
+  "big_vision a.npz new": "a.json", "big_vision w new.npz": "w/tokenizer.model", "codebook --eval pipe": "pipe",
+  "codebook --train pipe": "pipe", "draw_answer pipe x a.png": "pipe",
+  "draw_answer a.png <loc0000><loc0000><loc0100><loc0100> pipe.png": "pipe.png", "quantize w new --bits 8": "w/config.json",
+  "quantize w new --bits 4": "w/vae-oid.npz", "shapes --make new": "new", "shapes --eval --weights w": "w/model.safetensors",
+  "shard pipe x": "pipe", "show attention pipe x": "pipe", "show patches a.png x --weights w": "w/tokenizer.model",
+  "show eval --weights w": "w/config.json", "train data --init w --save new": "data/data.jsonl",
+  "train data --init w --save new --steps 1": "w/vae-oid.npz", "train --save new --resume": "new/training.state"}
+
+
+@pytest.mark.parametrize("words", PIPES)
+def test_pipes_are_not_waited_for(words, tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  shutil.copytree(TINY, "w")
+  shutil.copytree(TINY, "new") if "--resume" in words else None
+  shutil.copy(ROOT / "examples" / "shapes.png", "a.png")
+  Path("list").write_text('{"image": "a.png", "prompt": "caption en"}\n')
+  Path("data").mkdir()
+  if words == "big_vision a.npz new":
+    import big_vision
+    assert big_vision.main(["w", "a.npz", "--quiet"]) == 0
+  Path(PIPES[words]).unlink(missing_ok=True)
+  os.mkfifo(PIPES[words])
+  name, *argv = words.split()
+  signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits"))
+  signal.alarm(60)
+  try:
+    quiet = [] if name == "codebook" or "--make" in argv else ["--quiet"]
+    code = importlib.import_module(name).main(argv + quiet)
+  finally:
+    signal.alarm(0)
+  err = capsys.readouterr().err
+  assert code in (1, 2) and re.fullmatch(rf"{name}: .+\n", err), err
+  assert PIPES[words].split("/")[-1].split(".")[0] in err or "w/vae" in PIPES[words], err
+  assert Path(PIPES[words]).is_fifo() and (not Path("new").exists() or "new" in PIPES[words])
 
 
 AT = """

@@ -332,7 +332,7 @@ class Run:
       small = {"config.json": json.dumps(config, indent=1).encode(), "tokenizer.model":
                (source / "tokenizer.model").read_bytes() if source else shapes.tokenizer_model()}
       if source and (source / checkpoint.MASKS).exists():
-        small[checkpoint.MASKS] = (source / checkpoint.MASKS).read_bytes()
+        small[checkpoint.MASKS] = regular(source / checkpoint.MASKS).read_bytes()
       for path in [self.folder / name for name in small]:  # those of a run that was killed early are the same
         if not self.args.resume and os.path.lexists(path) and path.read_bytes() != small[path.name]:
           raise Fault(f"{path} is there already and would be lost; choose another --save")
