@@ -122,6 +122,8 @@ class Row:
     if self.fault:
       return self.fault
     try:
+      for path in self.images:
+        vlm.terminal.allow_heic(path)
       pictures = [vlm.open_image(path) for path in self.images]
     except Fault as e:
       return e

@@ -280,11 +280,16 @@ def standard_input(images, prompt):
 
 
 def check_picture(name, order=""):
-  """What can be said of a picture's name; then a HEIC file can be opened like any other. Raises Fault."""
+  """What can be said of a picture's name. Raises Fault."""
   if re.match(r"\w+://", str(name)):
     raise Fault(f"{name} is an address; download it first: curl -LO {shlex.quote(str(name))}")
   if not os.path.exists(name):
     raise Fault(f"{name}: no such image{order}")
+  allow_heic(name)
+
+
+def allow_heic(name):
+  """From then on a HEIC file can be opened like any other. Raises Fault."""
   if Path(name).suffix.lower() in (".heic", ".heif"):
     try:
       importlib.import_module("pillow_heif").register_heif_opener()
@@ -321,6 +326,8 @@ def samples(args):
   if args.steps < 1:
     raise Fault("--steps: at least 1")
   found = samples.read(args.words[0]) if args.words else None
+  for path, *_ in found or ():
+    allow_heic(path)
   what = f"{len(found)} pictures" if found else "4000 pictures of shapes that it draws"
   log.info(f"{args.save} is going to hold a small PaliGemma that learns, character by character, {what}: "
            f"{args.steps} steps, after compiling for half a minute. Ctrl-C ends it early, and saves.")

@@ -241,6 +241,7 @@ class Folder:
       raise Fault(f"{sum(map(len, ids))} tokens of text do not fit the model's context")
     if "\0" not in image and not os.path.exists(self.folder / image):
       raise Fault(f"{image}: no such image")
+    vlm.terminal.allow_heic(image)
     vlm.open_image(self.folder / image)  # all of it: a damaged one would stop the run when its turn comes
     return self.folder / image, ids, question
 
