@@ -26,6 +26,7 @@ import codecs
 import errno
 import functools
 import importlib
+import io
 import numbers
 import re
 import stat
@@ -66,6 +67,14 @@ def regular(source):
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # to open a folder has a message of its own
       raise OSError(errno.EINVAL, "a pipe or a device, not a file")
   return source
+
+
+def write_whole(path, data):
+  """Bytes or text -> a file, whole or not at all, whenever this process ends. Raises OSError."""
+  part = f"{path}.part"
+  with open(part, "wb") as file:
+    file.write(data.encode() if isinstance(data, str) else data)
+  os.replace(part, path)
 
 
 def check_text(text):
@@ -210,17 +219,18 @@ def learn_characters(samples, folder):
   """The characters of [(picture, question, answer)], each a piece, as in makemore -> Tokenizer, written into a new
   folder as its tokenizer.model. ASCII is always there, so that the model can be asked, and taught, other texts.
   Raises Fault."""
-  path = Path(folder) / "tokenizer.model"
+  path, model = Path(folder) / "tokenizer.model", io.BytesIO()
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     if os.listdir(path.parent):
       raise Fault(f"{folder} is not empty; choose another --save")
-    with open(path, "xb") as file:
-      sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(text for _, *texts in samples for text in texts), model_writer=file, model_type="char",
-        vocab_size=100000, hard_vocab_limit=False, character_coverage=1.0, normalization_rule_name="identity",
-        add_dummy_prefix=False, remove_extra_whitespaces=False, user_defined_symbols=["\n"], minloglevel=2, pad_id=0,
-        required_chars=string.ascii_letters + string.digits + string.punctuation, eos_id=1, bos_id=2, unk_id=3, pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>", unk_piece="<unk>")
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=(text for _, *texts in samples for text in texts), model_writer=model, model_type="char",
+      vocab_size=100000, hard_vocab_limit=False, character_coverage=1.0, normalization_rule_name="identity",
+      add_dummy_prefix=False, remove_extra_whitespaces=False, user_defined_symbols=["\n"], minloglevel=2, pad_id=0,
+      required_chars=string.ascii_letters + string.digits + string.punctuation, eos_id=1, bos_id=2, unk_id=3,
+      pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>", unk_piece="<unk>")
+    write_whole(path, model.getvalue())
   except OSError as e:
     raise Fault(f"{folder}: {e.strerror}; choose another --save", code=1) from None
   return Tokenizer(path)

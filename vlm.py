@@ -13,7 +13,7 @@ Papers: PaliGemma arxiv.org/abs/2407.07726 and 2412.03555, Gemma 2403.08295 and 
 """
 # First, because it says what is not installed, and ends quietly on Ctrl-C.
 from tokenizer import (Fault, Tokenizer, Turns, as_path, check_numbers, in_turn, learn_characters,
-                       parse_boxes, regular)
+                       parse_boxes, regular, write_whole)
 import argparse
 import functools
 import importlib
@@ -33,7 +33,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from tinygrad import Device, Tensor, TinyJit, UOp, dtypes
 from tinygrad.dtype import truncate
 from tinygrad.helpers import DEV
@@ -761,8 +761,8 @@ def train(folder, samples, steps, device):
       log.debug("%d of %d steps, loss %.3f", i + 1, steps, value)
   except KeyboardInterrupt:  # what has been learnt so far is saved
     pass
-  save_file({name: t.numpy() for name, t in weights.items()}, folder / "model.safetensors")
-  (folder / "config.json").write_text(json.dumps(
+  write_whole(folder / "model.safetensors", save({name: t.numpy() for name, t in weights.items()}))
+  write_whole(folder / "config.json", json.dumps(
     {"model_type": "paligemma", "image_token_index": tokenizer.image,
      "projection_dim": config.text.hidden_size, "text_config": asdict(config.text),
      "vision_config": asdict(config.vision) | {"vision_use_head": False}}))

@@ -328,9 +328,6 @@ def reverted(array, convert, shape):
 def to_npz(folder, path):
   """A PaliGemma folder -> an .npz, and beside it tokenizer.model and a .json of what the shapes do not say.
   Writes over nothing. Raises Fault."""
-  beside = path.with_suffix(".json"), path.parent / "tokenizer.model"
-  if there := [file for file in (path, *beside) if file.exists()]:
-    raise Fault(f"{there[0]} is there already; choose another place for the .npz")
   c, weights = vlm.read_config(folder / "config.json"), vlm.read_weights(folder)
   vlm.Tokenizer(folder / "tokenizer.model", c.text.vocab_size, c.image)
   if any(array.itemsize == 1 for array in weights.values()):
@@ -347,6 +344,10 @@ def to_npz(folder, path):
   more = {key: value for key, value in top.items() if key in SHAPELESS[""]}
   for part in PARTS:
     more[part] = {key: value for key, value in top.get(part, {}).items() if key in SHAPELESS[part]}
+  small = {path.parent / "tokenizer.model": (folder / "tokenizer.model").read_bytes(),
+           path.with_suffix(".json"): json.dumps(more, indent=1).encode()}
+  checkpoint.refuse_to_overwrite(small, [path])
+  new = [file for file in small if not file.exists()]
 
   def write_tensor(archive, name, letters, targets, convert):
     shape = shape_of(letters, sizes)
@@ -362,16 +363,16 @@ def to_npz(folder, path):
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.check_space(path.parent, sum(array.nbytes for array in weights.values()))
+    for file, data in small.items():
+      checkpoint.write_file(file, [data])
     with zipfile.ZipFile(part, "w") as archive:
       for done, row in enumerate(table):
         vlm.terminal.bar(done, len(table), f"writing {path}")
         write_tensor(archive, *row)
     vlm.log.debug("")
-    checkpoint.write_file(beside[1], [(folder / "tokenizer.model").read_bytes()])
-    checkpoint.write_file(beside[0], [json.dumps(more, indent=1).encode()])
     os.replace(part, path)
   except BaseException as e:  # Ctrl-C too
-    for file in (part, *beside):
+    for file in (part, *new):
       with contextlib.suppress(OSError):
         file.unlink(missing_ok=True)
     if isinstance(e, OSError):

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import errno
 import importlib
+import io
 import logging
 import os
 import re
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from tokenizer import Fault
+from tokenizer import Fault, write_whole
 
 log = logging.getLogger("vlm")
 MOVED = {"--init": "train", "--resume": "train", "--batch": "batch", "--batch-size": "batch",
@@ -316,8 +317,9 @@ class Losses(logging.Handler):
     self.written = time.monotonic()
     if self.losses:
       rows = "".join(f"{step},{loss}\n" for step, loss in self.losses)
-      (self.folder / "loss.csv").write_text("step,loss\n" + rows)
-      draw.curve({"training loss": self.losses}).save(self.folder / "loss.png")
+      write_whole(self.folder / "loss.csv", "step,loss\n" + rows)
+      draw.curve({"training loss": self.losses}).save(picture := io.BytesIO(), "PNG")
+      write_whole(self.folder / "loss.png", picture.getvalue())
 
 
 def samples(args):
