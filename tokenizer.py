@@ -8,12 +8,13 @@ import signal
 import sys
 
 MAIN = sys.modules["__main__"]
-ROOT, PROGRAM = (os.path.realpath(file or "") for file in (os.path.dirname(__file__), getattr(MAIN, "__file__", None)))
+ROOT = os.path.dirname(os.path.realpath(__file__))
+PROGRAM = os.path.realpath(getattr(MAIN, "__file__", None) or "")
 OURS = PROGRAM == os.path.join(ROOT, "vlm.py") or os.path.dirname(PROGRAM) == os.path.join(ROOT, "examples")
 
 
 def leave(number, frame):
-  """Ctrl-C: of a program that is still importing, which takes a second, there is nothing to say."""
+  """Ctrl-C. A program that is still importing, which takes a second, has no `main` yet; it just ends."""
   if not hasattr(MAIN, "main"):
     os._exit(130)
   signal.default_int_handler(number, frame)

@@ -57,8 +57,8 @@ def write_file(path, pieces):
 
 
 def beside(source):
-  """{name: bytes} of what goes where the checkpoint of that folder goes: its decoder of masks, if there is one. Raises
-  Fault."""
+  """{name: bytes} of what goes where the checkpoint of that folder goes: its decoder of masks, if there is one.
+  Raises Fault."""
   path = Path(source) / MASKS
   try:
     return {MASKS: regular(path).read_bytes()} if path.exists() else {}
@@ -88,10 +88,10 @@ class Later:
 
 
 def refuse_to_overwrite(small, large):
-  """small: {path: bytes}, which go first, and then large: paths that are to be new. A run that was killed leaves the
-  small ones, or some, and a .part. Raises Fault if there is anything else."""
-  other = [path for path, data in small.items() if os.path.lexists(path) and not (path.is_file() and path.read_bytes() == data)]
-  if there := [path for path in large if os.path.lexists(path)] + other:
+  """small: {path: bytes}, written first; large: paths. A run that was killed has left some of the small ones, and
+  they may be there with these bytes. Raises Fault if anything else is."""
+  other = [path for path, data in small.items() if not (path.is_file() and path.read_bytes() == data)]
+  if there := [path for path in (*large, *other) if os.path.lexists(path)]:
     raise vlm.Fault(f"{there[0]} is there already and would be lost; choose another place")
 
 
@@ -109,8 +109,8 @@ def write(folder, config, tokenizer, tensors):
   small = {"tokenizer.model": tokenizer.read_bytes(), "config.json": json.dumps(config, indent=1).encode()}
   small = {folder / name: data for name, data in (small | beside(tokenizer.parent)).items()}
   model = folder / "model.safetensors"
-  large = [file for file in (folder / MASKS, *folder.glob("*.safetensors*")) if file not in small and file.suffix != ".part"]
-  refuse_to_overwrite(small, [model, *large])
+  found = [file for file in folder.glob("*.safetensors*") if file.suffix != ".part"]  # which a kill has left
+  refuse_to_overwrite({folder / MASKS: None} | small, [model, *found])
   new = [path for path in (*small, model) if not path.exists()]
 
   def pieces():

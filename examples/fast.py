@@ -227,8 +227,8 @@ def forward_in_c(x):
 def compiler_cache():
   """Whether tinygrad's own cache, a database of compiled kernels, can be used; what cannot would raise in the middle."""
   try:
-    if not CACHE.is_absolute() or os.environ.get("XDG_CACHE_HOME") == "":  # it would be where this is started
-      return False
+    if not CACHE.is_absolute() or os.environ.get("XDG_CACHE_HOME") == "":
+      return False  # it would be where this is started
     Path(CACHEDB).parent.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(Path(CACHEDB).parent).free < ROOM:
       return False

@@ -123,7 +123,8 @@ sys.addaudithook(hook)
 def test_ctrl_c_before_a_program_has_begun(tmp_path):
   """while it imports this or that, which takes a second together"""
   moments = [(path, name) for path in PROGRAMS for name in ("sentencepiece", "tinygrad.helpers")]
-  moments += [(ROOT / "vlm.py", name) for name in ("pathlib", "threading", "numpy.linalg", "safetensors.numpy", "sqlite3", "shlex")]
+  moments += [(ROOT / "vlm.py", name)
+              for name in ("pathlib", "threading", "numpy.linalg", "safetensors.numpy", "sqlite3", "shlex")]
   for path, name in [*moments, (ROOT / "examples" / "train.py", "codebook")]:
     assert started(AT.format(name, "SIGINT"), path, tmp_path) == (130, "", ""), (path, name)
   assert started(AT.format("tinygrad.helpers", "SIGTERM"), ROOT / "vlm.py", tmp_path)[:2] == (143, "")
@@ -161,7 +162,9 @@ def test_a_compiler_that_is_none(env, tmp_path):
 
 @pytest.mark.parametrize("case", ["no home", "no folder", "garbage", "no PATH", "no name"])
 def test_a_cache_that_cannot_be_written(case, tmp_path):
-  env, without = {"no folder": {"HOME": "/dev/null"}, "no name": {"XDG_CACHE_HOME": "", "HOME": str(tmp_path)}, "garbage": {"XDG_CACHE_HOME": str(tmp_path)}}.get(case, {}), ["XDG_CACHE_HOME"]
+  env = {"no folder": {"HOME": "/dev/null"}, "no name": {"XDG_CACHE_HOME": "", "HOME": str(tmp_path)},
+         "garbage": {"XDG_CACHE_HOME": str(tmp_path)}}.get(case, {})
+  without = ["XDG_CACHE_HOME"]
   if case == "garbage":
     for name in ("tinygrad", "vlm"):
       (tmp_path / name).mkdir(mode=0o700)
