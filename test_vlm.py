@@ -328,9 +328,49 @@ def test_library(pictures):
     with pytest.raises(vlm.Fault, match=name):
       m.generate(images, prompts)
   for wrong in (np.zeros((3, 55, 56), np.float32), np.zeros((56, 56, 3), np.float32), np.full((3, 56, 56), 200, np.uint8),
-                np.full((3, 56, 56), 255.0), np.full((3, 56, 56), np.nan)):
+                np.full((3, 56, 56), 255.0), np.full((3, 56, 56), np.nan), np.zeros((3, 56, 56), np.uint8),
+                np.zeros((3, 56, 56), bool), np.full((3, 56, 56), "a")):
     with pytest.raises(vlm.Fault, match="56"):
       golden.next_logits(m, wrong, "caption en")
+
+@pytest.mark.quick
+def test_arguments_of_other_types(pictures):
+  """each a Fault that names what is wrong, before anything is computed"""
+  m = model("tiny1")
+  ask = {"generate": lambda image, prompt, **options: m.generate([image], [prompt], **options),
+         "stream": lambda image, prompt, **options: list(m.stream(image, prompt, **options))}
+  numbers = {"max_tokens": ["5", 2.5, None, True, [1], 1j], "temperature": ["hot", None, 1j, True],
+             "top_k": ["3", 1.5, None], "top_p": ["x", None], "seed": [1.5, "x", True, []]}
+  for call in ask.values():
+    for name, values in numbers.items():
+      for value in values:
+        with pytest.raises(vlm.Fault, match=f"{name} is a number"):
+          call(pictures["rgb"], "caption en", **{name: value})
+    with pytest.raises(vlm.Fault, match="--seed: from 0"):
+      call(pictures["rgb"], "caption en", seed=-1)
+    with pytest.raises(TypeError, match="nonsense"):
+      call(pictures["rgb"], "caption en", nonsense=1)
+    for image in (None, 5, 1.5, {}, open, b"bytes", [None], [[pictures["rgb"]]]):
+      with pytest.raises(vlm.Fault, match="not an image|No such file"):
+        call(image, "caption en")
+    for prompt in (None, 5, b"caption en", ["caption en"], {}):
+      with pytest.raises(vlm.Fault, match=f"a prompt is a text, not {type(prompt).__name__}"):
+        call(pictures["rgb"], prompt)
+  assert vlm.Sampling(np.int64(2), np.float32(0), np.int32(3), 1, None) == vlm.Sampling(2, 0.0, 3, 1.0)
+  for folder in (None, 5, b"weights", []):
+    with pytest.raises(vlm.Fault, match="folder is a path"):
+      vlm.load(folder)
+  for device in (5, "", b"CPU", []):
+    with pytest.raises(vlm.Fault, match="device .* cannot be used .*its name is to be a text"):
+      vlm.load(WEIGHTS / "tiny1", device)
+
+@pytest.mark.quick
+def test_no_words_are_not_those_of_another_command_line(capsys, monkeypatch):
+  """a program that has words of its own calls main([])"""
+  said = vlm.program(lambda argv: vlm.log.info("said"))
+  monkeypatch.setattr(sys, "argv", ["own.py", "--quiet"])
+  said([])
+  assert capsys.readouterr().err == "said\n"
 
 # ---- text ----
 TEXTS = ["caption en", "detect cat ; dog", "answer en what color is the square?", "12 345 67", "", " ", "trailing ",
@@ -938,6 +978,17 @@ def test_bad_sizes_in_the_config(refused, pictures, folder):
   for part, changes in (("text_config", text), ("vision_config", vision)):
     for change in changes:
       refused("config.json", pictures["rgb"], "caption en", "--weights", folder(config={part: whole[part] | change}))
+
+@pytest.mark.quick
+def test_windows_that_are_not_gemma2s(refused, pictures, folder):
+  """every other layer sees 4096 tokens: files that say other things mean another model, or nobody knows which"""
+  text = json.loads((WEIGHTS / "tiny2" / "config.json").read_text())["text_config"]
+  layers = ["sliding_attention", "full_attention"] * text["num_hidden_layers"]
+  count = text["num_hidden_layers"]
+  for key, value in (("sliding_window", None), ("layer_types", ["full_attention"] * count), ("layer_types", layers[1:count + 1]),
+                     ("layer_types", layers[:count - 1]), ("layer_types", layers[:count + 1]), ("head_dim", None)):
+    target = folder(config={"text_config": text | {key: value}})
+    refused(f"config.json: {key} {str(value)[:99]} is not understood", pictures["rgb"], "caption en", "--weights", target)
 
 def test_lying_headers(refused, pictures, folder):
   whole = packed(read(WEIGHTS / "tiny1"))

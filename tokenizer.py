@@ -3,31 +3,48 @@
 A SentencePiece file from the hub holds only Gemma's base pieces; the 1024 <loc>, 128 <seg> and the <image> token
 follow them in the embedding table. big_vision's own file holds them as pieces. Both work: the file is asked first.
 """
+import os
+import signal
+import sys
+
+MAIN = sys.modules["__main__"]
+ROOT = os.path.dirname(os.path.realpath(__file__))
+PROGRAM = os.path.realpath(getattr(MAIN, "__file__", None) or "")
+OURS = PROGRAM == os.path.join(ROOT, "vlm.py") or os.path.dirname(PROGRAM) == os.path.join(ROOT, "examples")
+
+
+def leave(number, frame):
+  """Ctrl-C. A program that is still importing, which takes a second, has no `main` yet; it just ends."""
+  if not hasattr(MAIN, "main"):
+    os._exit(130)
+  signal.default_int_handler(number, frame)
+
+
+if OURS and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+  signal.signal(signal.SIGINT, leave)
+
 import codecs
 import errno
 import functools
 import importlib
-import os
+import io
+import numbers
 import re
 import stat
 import string
-import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent
-MAIN = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve()
 
 try:
   import sentencepiece
-  if "vlm" in sys.modules or MAIN == ROOT / "vlm.py":  # which begins with this file, so that this is said here
+  if "vlm" in sys.modules or OURS:  # which begins with this file, so that this is said here
     for name in ("numpy", "PIL", "safetensors", "tinygrad"):
       importlib.import_module(name)
 except ModuleNotFoundError as e:
   missing = f"{e.name} is not installed; install the requirements: python -m pip install -r requirements.txt"
-  if MAIN in (ROOT / "vlm.py", *ROOT.glob("examples/*.py")):  # started as a program: one line
-    sys.exit(f"{MAIN.stem}: {missing}")
+  if OURS:  # started as a program: one line
+    sys.exit(f"{Path(PROGRAM).stem}: {missing}")
   raise ModuleNotFoundError(missing, name=e.name) from None
 
 LOC, SEG, CODES = 1024, 128, 16  # location and segmentation tokens of every PaliGemma, those of a mask
@@ -53,12 +70,35 @@ def regular(source):
   return source
 
 
+def write_whole(path, data):
+  """Bytes or text -> a file, whole or not at all, whenever this process ends. Raises OSError."""
+  part = f"{path}.part"
+  with open(part, "wb") as file:
+    file.write(data.encode() if isinstance(data, str) else data)
+  os.replace(part, path)
+
+
 def check_text(text):
   """Raises Fault of what no tokenizer can encode."""
   if not isinstance(text, str):
     raise Fault(f"a prompt is a text, not {type(text).__name__}")
   if text != text.encode(errors="replace").decode():  # halves of characters, which a shell makes of other bytes
     raise Fault("the text is not UTF-8")
+
+
+def check_numbers(options):
+  """options: a dataclass of int and float fields; a field may be None if that is its default. Raises Fault."""
+  for f in fields(options):
+    value, kind = getattr(options, f.name), numbers.Real if f.type is float else numbers.Integral
+    if not (isinstance(value, kind) and not isinstance(value, bool) or value is None and f.default is None):
+      raise Fault(f"{f.name} is a number of type {f.type.__name__}, and not {value!r:.99}")
+
+
+def as_path(folder):
+  """-> the Path of a folder. Raises Fault of what is none."""
+  if not isinstance(folder, (str, os.PathLike)):
+    raise Fault(f"folder is a path, and not {folder!r:.99}")
+  return Path(folder)
 
 
 class Turns:
@@ -81,8 +121,10 @@ def in_turn(steps):
   def call(self, images, prompts, **options):
     for name, given in (("images", images), ("prompts", prompts)):
       if not isinstance(given, (list, tuple)):  # the letters of a text would be taken for pictures
-        raise Fault(f"{name} is a list, of one for each answer, and not a {type(given).__name__}; stream(image, prompt) asks "
-                    "one question")
+        raise Fault(f"{name} is a list, of one for each answer, and not a {type(given).__name__}; "
+                    "stream(image, prompt) asks one question")
+    if len(images) != len(prompts) or not prompts:
+      raise Fault(f"{len(images)} images for {len(prompts)} prompts: give one for each")
     turn, rest, step = object(), steps(self, images, prompts, **options), None
     with self.turns:
       self.turns.now = turn
@@ -178,17 +220,18 @@ def learn_characters(samples, folder):
   """The characters of [(picture, question, answer)], each a piece, as in makemore -> Tokenizer, written into a new
   folder as its tokenizer.model. ASCII is always there, so that the model can be asked, and taught, other texts.
   Raises Fault."""
-  path = Path(folder) / "tokenizer.model"
+  path, model = Path(folder) / "tokenizer.model", io.BytesIO()
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     if os.listdir(path.parent):
       raise Fault(f"{folder} is not empty; choose another --save")
-    with open(path, "xb") as file:
-      sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(text for _, *texts in samples for text in texts), model_writer=file, model_type="char",
-        vocab_size=100000, hard_vocab_limit=False, character_coverage=1.0, normalization_rule_name="identity",
-        add_dummy_prefix=False, remove_extra_whitespaces=False, user_defined_symbols=["\n"], minloglevel=2, pad_id=0,
-        required_chars=string.ascii_letters + string.digits + string.punctuation, eos_id=1, bos_id=2, unk_id=3, pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>", unk_piece="<unk>")
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=(text for _, *texts in samples for text in texts), model_writer=model, model_type="char",
+      vocab_size=100000, hard_vocab_limit=False, character_coverage=1.0, normalization_rule_name="identity",
+      add_dummy_prefix=False, remove_extra_whitespaces=False, user_defined_symbols=["\n"], minloglevel=2, pad_id=0,
+      required_chars=string.ascii_letters + string.digits + string.punctuation, eos_id=1, bos_id=2, unk_id=3,
+      pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>", unk_piece="<unk>")
+    write_whole(path, model.getvalue())
   except OSError as e:
     raise Fault(f"{folder}: {e.strerror}; choose another --save", code=1) from None
   return Tokenizer(path)

@@ -11,6 +11,9 @@ H heads, K key/value heads, d head size, D width, V vocabulary; v SigLIP's. A Li
 in the files. Sections 1 to 5 are the model, 6 to 12 what it takes to use it.
 Papers: PaliGemma arxiv.org/abs/2407.07726 and 2412.03555, Gemma 2403.08295 and 2408.00118, SigLIP 2303.15343.
 """
+# First, because it says what is not installed, and ends quietly on Ctrl-C.
+from tokenizer import (Fault, Tokenizer, Turns, as_path, check_numbers, in_turn, learn_characters,
+                       parse_boxes, regular, write_whole)
 import argparse
 import functools
 import importlib
@@ -27,12 +30,10 @@ from pathlib import Path
 from time import perf_counter
 from types import ModuleType, SimpleNamespace
 
-# First, because it says what is not installed.
-from tokenizer import Fault, Tokenizer, Turns, in_turn, learn_characters, parse_boxes, regular
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from tinygrad import Device, Tensor, TinyJit, UOp, dtypes
 from tinygrad.dtype import truncate
 from tinygrad.helpers import DEV
@@ -346,8 +347,8 @@ def open_image(source):
 def to_pixels(source, side):
   """Anything open_image takes, or a float32 array (3, S, S) in [-1, 1] as it is -> float32 (1, 3, S, S)."""
   if isinstance(source, np.ndarray):
-    if source.shape != (3, side, side) or not (abs(source) <= 1).all():  # nor is NaN
-      raise Fault(f"pixels have shape {source.shape}, this model needs (3, {side}, {side}) from -1 to 1")
+    if source.dtype.kind != "f" or source.shape != (3, side, side) or not (abs(source) <= 1).all():  # or NaN
+      raise Fault(f"pixels are {source.dtype} {source.shape}, not floats (3, {side}, {side}) from -1 to 1")
     return source.astype(np.float32)[None]
   # Squeezed to a square, not cropped: boxes are relative to each side, so they unsqueeze by themselves.
   image = open_image(source).resize((side, side), Image.Resampling.BICUBIC)
@@ -390,6 +391,7 @@ class Sampling:
   top_p: float = 1.0         # nucleus sampling, arxiv.org/abs/1904.09751
   seed: int = None
   def __post_init__(self):
+    check_numbers(self)
     if not (self.max_tokens >= 1 and (self.temperature == 0 or 1e-6 <= self.temperature <= 1e6)
             and self.top_k >= 0 and 0 < self.top_p <= 1 and (self.seed or 0) >= 0):  # nor is NaN
       raise Fault("--max-tokens: from 1; --temperature: 0, or from 1e-6 to 1e6; --top-k and --seed: from 0; "
@@ -443,8 +445,7 @@ class VLM:
       self.programs[key] = capture(function, self.device, key, self.config)
     return self.programs[key](*inputs)
   def vision(self, image):
-    """-> float32 arrays: SigLIP's features (P, Dv) and the projected ones (P, D). Those of the last pictures
-    are kept: a second question costs no vision."""
+    """-> float32 arrays: SigLIP's features (P, Dv), those projected (P, D), kept for a second question."""
     net, pixels = self.net, to_pixels(image, self.config.vision.image_size)  # not self in `run`: see _run
     def run(pixels):
       features = net.vision_tower(pixels).contiguous()
@@ -509,8 +510,6 @@ class VLM:
     """Lists of B images and B prompts, options of Sampling -> for each step a list of B token ids, None in
     rows that have ended."""
     sampling = Sampling(**options)
-    if len(images) != len(prompts) or not prompts:
-      raise Fault(f"{len(images)} images for {len(prompts)} prompts: give one for each")
     token, logits, positions, slot = self.prefix(images, prompts, sampling.max_tokens)
     log.debug("")  # clears the line that the answer is about to be on
     positions = upload(positions, self.device)
@@ -566,16 +565,17 @@ def read_config(path):
     if not right:
       raise Fault(f"{path}: {key} {repr(found.get(key))[:99]} is not understood; is it PaliGemma's?")
   def sizes(kind, found):
-    """The dataclass of that kind; its fields are keys of this part of the file, null the default or off."""
+    """That dataclass, whose fields are keys of this part; null, but for an int, is the default or off."""
     values = {}
     for f in fields(kind):
       value = found.get(f.name, f.default)
-      value = (0.0 if "softcap" in f.name else f.default) if value is None else value
-      if f.type in (int, float):  # bool is another type, and NaN no such number
+      value = (0.0 if "softcap" in f.name else f.default) if value is None and f.type != int else value
+      if f.type == str:
+        check(value == f.default, found, f.name)
+      else:  # a bool is of another type, and NaN no such number
         least, most = 0 if "softcap" in f.name else 1e-12, 1000 if "layers" in f.name else 10 ** 7
         check(type(value) in (int, f.type) and least <= value <= most, found, f.name)
       values[f.name] = f.type(value)
-      check(f.type != str or value == f.default, found, f.name)
     return kind(**values)
 
   top, more = read_json(path), path.with_name("generation_config.json")
@@ -665,7 +665,7 @@ def open_device(name):
 def load(folder, device=None, place=upload):
   """A PaliGemma folder (config.json, *.safetensors, tokenizer.model) -> VLM. place: what makes arrays into
   tensors, see examples/shard.py. Raises Fault."""
-  start, folder = perf_counter(), Path(folder)
+  start, folder = perf_counter(), as_path(folder)
   config = read_config(folder / "config.json")
   tokenizer = Tokenizer(folder / "tokenizer.model", config.text.vocab_size, config.image)
   device, arrays = open_device(device), read_weights(folder)
@@ -759,8 +759,8 @@ def train(folder, samples, steps, device):
       log.debug("%d of %d steps, loss %.3f, held-out %.3f", i + 1, steps, value, held_out)
   except KeyboardInterrupt:  # what has been learnt so far is saved
     pass
-  save_file({name: t.numpy() for name, t in weights.items()}, folder / "model.safetensors")
-  (folder / "config.json").write_text(json.dumps(
+  write_whole(folder / "model.safetensors", save({name: t.numpy() for name, t in weights.items()}))
+  write_whole(folder / "config.json", json.dumps(
     {"model_type": "paligemma", "image_token_index": tokenizer.image,
      "projection_dim": text.hidden_size, "text_config": asdict(text),
      "vision_config": asdict(vision) | {"vision_use_head": False}}))
@@ -770,9 +770,9 @@ def train(folder, samples, steps, device):
 # ---- 12. Command line ----
 def program(work):
   """Decorates a program's main(argv): what the user did wrong is one line on stderr and an exit code."""
-  def main(argv=None):
+  def main(argv=sys.argv[1:]):
     log.handlers = [(terminal or logging).StreamHandler()]
-    log.setLevel("CRITICAL" if "--quiet" in (argv or sys.argv) else "DEBUG" if terminal else "INFO")
+    log.setLevel("CRITICAL" if "--quiet" in argv else "DEBUG" if terminal else "INFO")
     try:
       return (terminal.run(work, argv) if terminal else work(argv)) or 0
     except Fault as e:

@@ -157,6 +157,7 @@ class Row:
     return [picture.resize((side, side), vlm.Image.Resampling.BICUBIC) for picture in pictures], self.prompt
 
   def open(self, path):
+    vlm.terminal.allow_heic(path)
     if self.tar is None:
       return vlm.open_image(path)
     try:

@@ -27,13 +27,14 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vlm.py, wherever this is started from
+# vlm first, because it says what is not installed. Other modules are imported where they are used: a process
+# that is measured needs none.
+import vlm
 import numpy as np
 from tinygrad import Device, Tensor, TinyJit, dtypes
 from tinygrad.helpers import CPU_COUNT
 from tinygrad.nn.state import get_state_dict
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vlm.py, wherever this is started from
-import vlm  # other modules are imported where they are used: a process that is measured needs none
 
 ROOT = Path(vlm.__file__).resolve().parent
 TOKENS, TEXT = 21, [2, 10, 20, 30, 108]  # tokens to answer, ids of the prompt: 5, as of "caption en"

@@ -15,11 +15,10 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vlm.py, wherever this is started from
+import vlm  # first, because it says what is not installed
+import numpy as np
 import bench
-import vlm
 
 BATCHES, SIDES, STEPS = (1, 8, 32), (224, 448, 896), 20
 

@@ -26,11 +26,11 @@ import zlib
 from collections import namedtuple
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vlm.py, wherever this is started from
+import vlm  # first, because it says what is not installed
+import numpy as np
 import checkpoint
-import vlm
+from tokenizer import regular
 from vlm import Fault
 
 ROOT = Path(vlm.__file__).resolve().parent
@@ -174,7 +174,7 @@ def members(path):
   """An .npz -> {name: Member}, without the prefix params/; no data is read. Raises Fault."""
   found = {}
   try:
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(regular(path)) as archive:
       for entry in archive.infolist():
         name = entry.filename.removesuffix(".npy").removeprefix("params/")
         with archive.open(entry) as file:
@@ -225,7 +225,7 @@ def supplement(path):
   """What is not in the shapes: the content of pt_224.json beside pt_224.npz, {} without one. Raises Fault."""
   path = path.with_suffix(".json")
   try:
-    top = json.loads(path.read_text()) if path.exists() else {}
+    top = json.loads(regular(path).read_text()) if path.exists() else {}
     if all(isinstance(part, dict) for part in (top, *(top.get(name, {}) for name in PARTS))):
       return top
   except (OSError, ValueError, AttributeError):
@@ -328,10 +328,8 @@ def reverted(array, convert, shape):
 def to_npz(folder, path):
   """A PaliGemma folder -> an .npz, and beside it tokenizer.model and a .json of what the shapes do not say.
   Writes over nothing. Raises Fault."""
-  beside = path.with_suffix(".json"), path.parent / "tokenizer.model"
-  if there := [file for file in (path, *beside) if file.exists()]:
-    raise Fault(f"{there[0]} is there already; choose another place for the .npz")
   c, weights = vlm.read_config(folder / "config.json"), vlm.read_weights(folder)
+  vlm.Tokenizer(folder / "tokenizer.model", c.text.vocab_size, c.image)
   if any(array.itemsize == 1 for array in weights.values()):
     raise Fault(f"{folder} is quantised, and this layout is not; give the weights it was made of")
   v, t, table = c.vision, c.text, table_of(c.text.gemma2)
@@ -346,6 +344,10 @@ def to_npz(folder, path):
   more = {key: value for key, value in top.items() if key in SHAPELESS[""]}
   for part in PARTS:
     more[part] = {key: value for key, value in top.get(part, {}).items() if key in SHAPELESS[part]}
+  small = {path.parent / "tokenizer.model": (folder / "tokenizer.model").read_bytes(),
+           path.with_suffix(".json"): json.dumps(more, indent=1).encode()}
+  checkpoint.refuse_to_overwrite(small, [path])
+  new = [file for file in small if not file.exists()]
 
   def write_tensor(archive, name, letters, targets, convert):
     shape = shape_of(letters, sizes)
@@ -361,16 +363,16 @@ def to_npz(folder, path):
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.check_space(path.parent, sum(array.nbytes for array in weights.values()))
+    for file, data in small.items():
+      checkpoint.write_file(file, [data])
     with zipfile.ZipFile(part, "w") as archive:
       for done, row in enumerate(table):
         vlm.terminal.bar(done, len(table), f"writing {path}")
         write_tensor(archive, *row)
     vlm.log.debug("")
-    checkpoint.write_file(beside[1], [(folder / "tokenizer.model").read_bytes()])
-    checkpoint.write_file(beside[0], [json.dumps(more, indent=1).encode()])
     os.replace(part, path)
   except BaseException as e:  # Ctrl-C too
-    for file in (part, *beside):
+    for file in (part, *new):
       with contextlib.suppress(OSError):
         file.unlink(missing_ok=True)
     if isinstance(e, OSError):

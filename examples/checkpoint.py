@@ -12,6 +12,7 @@ import numpy as np
 from tinygrad import dtypes
 
 import vlm
+from tokenizer import regular
 
 MASKS = vlm.beside("draw").NAME
 
@@ -55,11 +56,14 @@ def write_file(path, pieces):
     part.unlink(missing_ok=True)
 
 
-def copy_masks(source, folder):
-  """The decoder of masks goes where its checkpoint goes: from a checkpoint's folder to a new one, if it is
-  there."""
-  if (Path(source) / MASKS).exists():
-    write_file(Path(folder) / MASKS, [(Path(source) / MASKS).read_bytes()])
+def beside(source):
+  """{name: bytes} of what goes where the checkpoint of that folder goes: its decoder of masks, if there is one.
+  Raises Fault."""
+  path = Path(source) / MASKS
+  try:
+    return {MASKS: regular(path).read_bytes()} if path.exists() else {}
+  except OSError as e:
+    raise vlm.Fault(f"{path}: {e.strerror}; get it again, or remove it") from None
 
 
 class Later:
@@ -83,12 +87,12 @@ class Later:
     return self.numel() * self.dtype.itemsize
 
 
-def refuse_to_overwrite(folder):
-  """Raises Fault if there is a checkpoint, or part of one, where a new one is to be written."""
-  small = [folder / name for name in ("config.json", "tokenizer.model", MASKS)]
-  large = [file for file in folder.glob("*.safetensors*") if file.suffix != ".part"]  # which a kill has left
-  if there := [file for file in (*large, *small) if os.path.lexists(file)]:
-    raise vlm.Fault(f"{there[0]} is there already and would be lost; choose another folder")
+def refuse_to_overwrite(small, large):
+  """small: {path: bytes}, written first; large: paths. A run that was killed has left some of the small ones, and
+  they may be there with these bytes. Raises Fault if anything else is."""
+  other = [path for path, data in small.items() if not (path.is_file() and path.read_bytes() == data)]
+  if there := [path for path in (*large, *other) if os.path.lexists(path)]:
+    raise vlm.Fault(f"{there[0]} is there already and would be lost; choose another place")
 
 
 def check_space(folder, size):
@@ -102,7 +106,12 @@ def write(folder, config, tokenizer, tensors):
   """config: content of the config.json; tokenizer: the path of one, beside which there may be a decoder of
   masks; tensors: {path in PaliGemma: Later}, made in this order. Raises Fault."""
   folder, existed = Path(folder), Path(folder).exists()
-  refuse_to_overwrite(folder)
+  small = {"tokenizer.model": tokenizer.read_bytes(), "config.json": json.dumps(config, indent=1).encode()}
+  small = {folder / name: data for name, data in (small | beside(tokenizer.parent)).items()}
+  model = folder / "model.safetensors"
+  found = [file for file in folder.glob("*.safetensors*") if file.suffix != ".part"]  # which a kill has left
+  refuse_to_overwrite({folder / MASKS: None} | small, [model, *found])
+  new = [path for path in (*small, model) if not path.exists()]
 
   def pieces():
     named = {hub_name(name): (later, later.dtype) for name, later in tensors.items()}
@@ -113,14 +122,13 @@ def write(folder, config, tokenizer, tensors):
   try:
     folder.mkdir(parents=True, exist_ok=True)
     check_space(folder, sum(later.nbytes() for later in tensors.values()))
-    write_file(folder / "model.safetensors", pieces())
-    write_file(folder / "tokenizer.model", [tokenizer.read_bytes()])
-    copy_masks(tokenizer.parent, folder)
-    write_file(folder / "config.json", [json.dumps(config, indent=1).encode()])
+    for path, data in small.items():
+      write_file(path, [data])
+    write_file(model, pieces())  # last: without it the folder is no checkpoint
   except BaseException as e:  # Ctrl-C too
-    for name in ("model.safetensors", "tokenizer.model", MASKS, "config.json"):
+    for path in new:
       with contextlib.suppress(OSError):
-        (folder / name).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
     if not existed:
       with contextlib.suppress(OSError):
         folder.rmdir()

@@ -12,14 +12,13 @@ import os
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vlm.py, wherever this is started from
+import vlm  # first, because it says what is not installed
 import numpy as np
 from PIL import Image
 from tinygrad import Tensor, TinyJit, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vlm.py, wherever this is started from
 import checkpoint
 import shapes
-import vlm
 from tokenizer import SEG
 
 draw = vlm.beside("draw")

@@ -8,11 +8,10 @@ import functools
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vlm.py, wherever this is started from
+import vlm  # first, because it says what is not installed
 import numpy as np
 from tinygrad import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vlm.py, wherever this is started from
-import vlm
 
 CHECKS = []  # in the order of the exercises
 SLIPS = {}   # {name of a check: {what is wrong: a function with that mistake}}

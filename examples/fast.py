@@ -150,6 +150,8 @@ def open_device(name):
     raise Fault(f"CPU_COUNT={CPU_COUNT.value}: at least 1, at most 1024")
   if not compiler_cache():
     CACHELEVEL.value = 0
+  if name is not None and not (name and isinstance(name, str)):
+    raise Fault("its name is to be a text, as CPU is")
   if name is None and not DEV.device and sys.platform == "linux" and not any(map(glob.glob, GPUS)):
     DEV.value = "CPU"  # tinygrad would come to this too, after it has imported all its drivers: 0.4 s
   kind = Device.canonicalize(name).partition(":")[0]
@@ -226,9 +228,11 @@ def forward_in_c(x):
 def compiler_cache():
   """Whether tinygrad's own cache, a database of compiled kernels, can be used; what cannot would raise in the middle."""
   try:
-    if not CACHE.is_absolute():  # no home folder
-      return False
+    if not CACHE.is_absolute() or os.environ.get("XDG_CACHE_HOME") == "":
+      return False  # it would be where this is started
     Path(CACHEDB).parent.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(Path(CACHEDB).parent).free < ROOM:
+      return False
     with contextlib.closing(sqlite3.connect(CACHEDB, timeout=60)) as base:
       base.execute("PRAGMA user_version=0")  # writes
       base.execute("SELECT name FROM sqlite_master").fetchall()

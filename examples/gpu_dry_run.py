@@ -15,15 +15,14 @@ import tempfile
 import types
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vlm.py, wherever this is started from
+import vlm  # first, because it says what is not installed
 import numpy as np
 from tinygrad.device import Compiler
 from tinygrad.helpers import CACHELEVEL, DEV, JIT, MAX_KERNEL_BUFFERS, NULL_ALLOW_COPYOUT, GlobalCounters
 from tinygrad.nn.state import get_state_dict
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vlm.py, wherever this is started from
 import quantize
 import shard
-import vlm
 
 VISION = dict(hidden_size=1152, num_hidden_layers=27, num_attention_heads=16, intermediate_size=4304)
 TEXT = {  # of the published checkpoints

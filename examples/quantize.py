@@ -14,11 +14,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vlm.py, wherever this is started from
+import vlm  # first, because it says what is not installed
+import numpy as np
 import checkpoint
-import vlm
 
 ROOT = Path(vlm.__file__).resolve().parent
 CHOSEN = r"(proj|fc1|fc2|linear|embed_tokens)\.weight$"

@@ -16,12 +16,11 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vlm.py, wherever this is started from
+import vlm  # first, because it says what is not installed
 import numpy as np
 from PIL import Image, ImageDraw
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vlm.py, wherever this is started from
 import batch
-import vlm
 
 ROOT = Path(vlm.__file__).resolve().parent  # where weights/ is
 TRAIN_SEED, VALID_SEED, TEST_SEED, EXAMPLE_SEED = 1, 2, 3, 4

@@ -12,12 +12,11 @@ import math
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vlm.py, wherever this is started from
+import vlm  # first, because it says what is not installed
 import numpy as np
 from tinygrad import Device, Tensor
 from tinygrad.nn.state import get_state_dict
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vlm.py, wherever this is started from
-import vlm
 
 ROOT = Path(vlm.__file__).resolve().parent  # where weights/ is
 COLUMNS = "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "fc1"

@@ -12,12 +12,11 @@ import re
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vlm.py, wherever this is started from
+import vlm  # first, because it says what is not installed
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tinygrad import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vlm.py, wherever this is started from
-import vlm
 import shapes
 from batch import answer_all, batches, filled, pictures_of
 from vlm import Fault

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import errno
 import importlib
+import io
 import logging
 import os
 import re
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from tokenizer import Fault
+from tokenizer import Fault, write_whole
 
 log = logging.getLogger("vlm")
 MOVED = {"--init": "train", "--resume": "train", "--batch": "batch", "--batch-size": "batch",
@@ -280,11 +281,16 @@ def standard_input(images, prompt):
 
 
 def check_picture(name, order=""):
-  """What can be said of a picture's name; then a HEIC file can be opened like any other. Raises Fault."""
+  """What can be said of a picture's name. Raises Fault."""
   if re.match(r"\w+://", str(name)):
     raise Fault(f"{name} is an address; download it first: curl -LO {shlex.quote(str(name))}")
   if not os.path.exists(name):
     raise Fault(f"{name}: no such image{order}")
+  allow_heic(name)
+
+
+def allow_heic(name):
+  """From then on a HEIC file can be opened like any other. Raises Fault."""
   if Path(name).suffix.lower() in (".heic", ".heif"):
     try:
       importlib.import_module("pillow_heif").register_heif_opener()
@@ -312,10 +318,11 @@ class Losses(logging.Handler):
     self.written = time.monotonic()
     if self.losses:
       rows = "".join(f"{step},{shown},{held_out}\n" for step, shown, held_out in self.losses)
-      (self.folder / "loss.csv").write_text("step,loss,held_out_loss\n" + rows)
+      write_whole(self.folder / "loss.csv", "step,loss,held_out_loss\n" + rows)
       curves = {"training loss": [row[:2] for row in self.losses],
                 "held-out loss": [row[::2] for row in self.losses if row[0] % 50 == 1]}
-      draw.curve(curves).save(self.folder / "loss.png")
+      draw.curve(curves).save(picture := io.BytesIO(), "PNG")
+      write_whole(self.folder / "loss.png", picture.getvalue())
 
 
 def samples(args):
@@ -324,6 +331,8 @@ def samples(args):
   if args.steps < 1:
     raise Fault("--steps: at least 1")
   found = samples.read(args.words[0]) if args.words else None
+  for path, *_ in found or ():
+    allow_heic(path)
   what = f"{len(found)} pictures" if found else "4000 pictures of shapes that it draws"
   log.info(f"{args.save} is going to hold a small PaliGemma that learns, character by character, {what}: "
            f"{args.steps} steps, after compiling for half a minute. Ctrl-C ends it early, and saves.")

@@ -236,6 +236,19 @@ def test_bad_rows_are_reported_and_skipped(echo, capsys):
   assert do() == 0 and Path("answers.jsonl").read_bytes() == before and len(echo.sizes) == asked
 
 
+def test_heic(echo, capsys, monkeypatch):
+  """by the package that vlm.py takes, too; without it the row says how to get that"""
+  Image.new("RGB", (8, 8)).save("a.heic", "PNG")
+  write_list({"image": "a.heic", "prompt": "caption en"})
+  registered = []
+  installed = SimpleNamespace(register_heif_opener=lambda: registered.append(1))
+  monkeypatch.setitem(sys.modules, "pillow_heif", None)  # not installed
+  assert do() == 1 and "pip install pillow-heif" in read()[0]["error"]
+  Path("answers.jsonl").unlink()
+  monkeypatch.setitem(sys.modules, "pillow_heif", installed)
+  assert do() == 0 and "error" not in read()[0] and registered == [1]
+
+
 def test_nothing_but_bad_rows_is_no_success(echo, capsys):
   picture("a.png", 1)
   write_list({"image": "none.png", "prompt": "x"}, b"nonsense")

@@ -21,17 +21,16 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vlm.py, wherever this is started from
+import vlm  # first, because it says what is not installed
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from tinygrad import Tensor, TinyJit, dtypes, nn
 from tinygrad.nn.state import get_state_dict
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vlm.py, wherever this is started from
 import codebook
 import checkpoint
 import samples
 import shapes
-import vlm
 from tokenizer import CODES, LOC, Tokenizer, regular
 from vlm import Fault
 
@@ -242,6 +241,7 @@ class Folder:
       raise Fault(f"{sum(map(len, ids))} tokens of text do not fit the model's context")
     if "\0" not in image and not os.path.exists(self.folder / image):
       raise Fault(f"{image}: no such image")
+    vlm.terminal.allow_heic(image)
     vlm.open_image(self.folder / image)  # all of it: a damaged one would stop the run when its turn comes
     return self.folder / image, ids, question
 
@@ -333,7 +333,7 @@ class Run:
       small = {"config.json": json.dumps(config, indent=1).encode(), "tokenizer.model":
                (source / "tokenizer.model").read_bytes() if source else shapes.tokenizer_model()}
       if source and (source / checkpoint.MASKS).exists():
-        small[checkpoint.MASKS] = (source / checkpoint.MASKS).read_bytes()
+        small[checkpoint.MASKS] = regular(source / checkpoint.MASKS).read_bytes()
       for path in [self.folder / name for name in small]:  # those of a run that was killed early are the same
         if not self.args.resume and os.path.lexists(path) and path.read_bytes() != small[path.name]:
           raise Fault(f"{path} is there already and would be lost; choose another --save")
