@@ -373,12 +373,10 @@ class Cache:
     self.k, self.v = ([place(empty, device) for _ in range(c.num_hidden_layers)] for _ in "kv")
     self.rope = [upload(t, device) for t in rope_table(c, np.arange(C))]
   def write(self, start, seen, layer, k, v):
-    """New k and v (B, K, T, d) of a layer into its slots from `start` -> the first `seen` of its k and v."""
-    both = []
+    """New k and v (B, K, T, d) of a layer into its slots from `start`; yields the first `seen` of each."""
     for cache, new in ((self.k[layer], k), (self.v[layer], v)):
       store = cache[:, :, start:start + new.shape[2]].uop.store(new.uop)
-      both.append(Tensor(cache.uop.after(store))[:, :, :seen])  # what is read is the cache after its write
-    return both
+      yield Tensor(cache.uop.after(store))[:, :, :seen]  # what is read is the cache after its write
 
 # ---- 8. Sampling ----
 @dataclass(frozen=True)
@@ -434,8 +432,7 @@ class VLM:
   def __init__(self, net, config, tokenizer, device, place):
     self.net, self.config, self.tokenizer, self.device, self.place = net, config, tokenizer, device, place
     self.bytes = sum(t.nbytes() for t in get_state_dict(net.language_model).values())  # that a token reads
-    self.programs, self.caches, self.features, self.turns = {}, {}, {}, Turns()
-    self.timings = {"load_s": 0.0}  # a question adds its own
+    self.programs, self.caches, self.features, self.timings, self.turns = {}, {}, {}, {}, Turns()
   def _run(self, key, function, *inputs):
     # No function holds self: a garbage collection on one of tinygrad's threads would wait for itself forever.
     if key[0] != "decode":  # by then the answer has begun, on the line that this would clear
@@ -474,10 +471,11 @@ class VLM:
     cache, gemma, window = self.caches[B, C], self.net.language_model, self.config.text.sliding_window
     def run(token, slot, positions):
       cos, sin = (t[slot:slot + 1] for t in cache.rope)
-      seen = ((positions >= 0) & (positions <= slot)).reshape(B, 1, 1, 1, C)
-      near = seen & (positions > slot - window).reshape(B, 1, 1, 1, C)
+      positions = positions[:, None, None, None]  # (B, 1, 1, 1, C)
+      seen = (positions >= 0) & (positions <= slot)
+      masks = seen, seen & (positions > slot - window)
       x, write = gemma.embed(token.reshape(B, 1)), functools.partial(cache.write, slot, C)
-      return next_token(gemma, gemma(x, cos, sin, (seen, near), write))
+      return next_token(gemma, gemma(x, cos, sin, masks, write))
     token, slot = upload(np.asarray(token, np.int32), self.device), UOp.variable("slot", 0, C - 1).bind(slot)
     return self._run(("decode", B, C), run, token, slot, positions)
   def prefix(self, images, prompts, max_tokens):
@@ -557,7 +555,6 @@ def read_json(path):
     return table(json.loads(Path(regular(path)).read_text()))
   except (OSError, ValueError, RecursionError) as e:
     raise Fault(f"{path}: {getattr(e, 'strerror', None) or 'not JSON'}; download the folder again") from None
-
 def table(found):
   return found if isinstance(found, dict) else {}
 
@@ -584,17 +581,17 @@ def read_config(path):
   text |= table(text.get("rope_parameters"))
   check(top.get("model_type") == "paligemma", top, "model_type")
   check(text.get("rope_scaling") is None, text, "rope_scaling")
-  gemma2 = text.get("model_type") == "gemma2"
-  v, t = sizes(VisionConfig, vision), sizes(Gemma2Config if gemma2 else TextConfig, text)
-  kinds = "sliding" if gemma2 else "full", "full"
+  kind = Gemma2Config if text.get("model_type") == "gemma2" else TextConfig
+  v, t = sizes(VisionConfig, vision), sizes(kind, text)
+  kinds = "sliding" if t.gemma2 else "full", "full"
   layers = [f"{kinds[i % 2]}_attention" for i in range(t.num_hidden_layers)]
   check(text.get("layer_types") in (None, layers), text, "layer_types")
   check(v.hidden_size % v.num_attention_heads == 0, vision, "num_attention_heads")
   check(t.num_attention_heads % t.num_key_value_heads == 0, text, "num_key_value_heads")
-  more = read_json(more) if more.exists() else {}
-  eos = more.get("eos_token_id") or top.get("eos_token_id") or text.get("eos_token_id") or 1
+  found = text | top | (read_json(more) if more.exists() else {})
+  eos = found.get("eos_token_id") or 1
   eos = eos if isinstance(eos, list) else [eos]
-  check(all(type(id) is int for id in eos), {"eos_token_id": eos}, "eos_token_id")
+  check(all(type(id) is int for id in eos), found, "eos_token_id")
   return Config(v, t, tuple(eos), top.get("image_token_index"))
 
 def canonical(name):
@@ -659,7 +656,6 @@ def open_device(name):
   if name.startswith("CPU") and not DEV.renderer and not shutil.which(os.environ.get("CC", "clang")):
     DEV.value = "CPU:X86"  # tinygrad's own assembler: slow, but it needs no compiler
   return Device[name].device
-
 def find_device(name):
   """The same, or a Fault that says why not."""
   try:
@@ -667,14 +663,19 @@ def find_device(name):
   except Exception as e:  # whatever a driver that is not there raises
     raise Fault(f"device {name or DEV.device or 'CPU'} cannot be used ({e}); omit --device, DEV") from None
 
-def load(folder, device=None, place=upload):
+def load(folder, device=None, place=upload, adapter=None):
   """A PaliGemma folder (config.json, *.safetensors, tokenizer.model) -> VLM. place: what makes arrays into
-  tensors, see examples/shard.py. Raises Fault."""
+  tensors, see examples/shard.py; adapter: a folder, see examples/lora.py. Raises Fault."""
   start, folder = perf_counter(), Path(folder)
   config = read_config(folder / "config.json")
   tokenizer = Tokenizer(folder / "tokenizer.model", config.text.vocab_size, config.image)
   device, arrays = find_device(device), read_weights(folder)
-  model = VLM(assemble(config, arrays, device, place), config, tokenizer, device, place)
+  net = assemble(config, arrays, device, place)
+  if adapter and not kernels:
+    raise Fault("--adapter needs the folder examples/ beside vlm.py")
+  if adapter:
+    beside("lora").attach(net, adapter, place, device)
+  model = VLM(net, config, tokenizer, device, place)
   model.folder, model.arrays = folder, arrays  # a tensor over borrowed memory does not keep it alive
   model.timings["load_s"] = perf_counter() - start
   return model
@@ -735,8 +736,7 @@ def train(folder, samples, steps, device):
   tokenizer = learn_characters(samples, folder)
   config = replace(TOY, text=replace(TOY.text, vocab_size=tokenizer.image + 1))
   pixels = np.concatenate([to_pixels(picture, config.vision.image_size) for picture, *_ in samples])
-  rows = [(tokenizer.prompt(question), tokenizer.encode(answer) + [tokenizer.eos])
-          for _, question, answer in samples]
+  rows = [(tokenizer.prompt(asked), tokenizer.encode(said) + [tokenizer.eos]) for _, asked, said in samples]
   longest = max(len(prompt + answer) for prompt, answer in rows)
   *data, cos, sin = pixels, *collate(config.text, config.vision.patches, rows, longest)
   net = PaliGemma(config)
@@ -745,13 +745,12 @@ def train(folder, samples, steps, device):
     value = rng.standard_normal(t.shape) * math.prod(t.shape[1:]) ** -0.5  # keeps the variance of its input
     if t.ndim == 1:  # no bias, and norms that are the identity, as Gemma's are at zero
       value = np.full(t.shape, "vision" in name and "norm" in name and "weight" in name)
-    t.replace(upload(value.astype(np.float32), device)).is_param_()
+    t.replace(upload(value.astype(np.float32), device))
   optimizer = AdamW([*weights.values()])
   @TinyJit
   def step(*batch):
     optimizer.zero_grad()
-    value = loss(net, *batch).backward()
-    return value.realize(*optimizer.schedule_step())
+    return loss(net, *batch).backward().realize(*optimizer.schedule_step())
   try:
     for i in range(steps):
       chosen, rate = rng.integers(len(rows) * 9 // 10, size=32), 2e-3 * min(i / 50, 1 - i / steps)
@@ -787,6 +786,7 @@ def program(work):
 def add_arguments(p, answers=True):
   """The options that programs share; `answers`: those of Sampling too, for programs that ask the model."""
   p.add_argument("--weights", help="a PaliGemma folder or name (default: largest in weights/)")
+  p.add_argument("--adapter", help="a folder with an adapter, which PEFT or examples/train.py made")
   p.add_argument("--device", help="METAL, CUDA, CPU, ... (default: the best, or $DEV)")
   p.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
   for f in fields(Sampling) if answers else ():
@@ -803,7 +803,7 @@ def open_model(args, place=upload):
   if not terminal:
     log.info("without examples/ beside vlm.py: the same answers, but slowly, and no boxes drawn")
   log.debug(f"loading {folder}")
-  model = load(folder, args.device, place)
+  model = load(folder, args.device, place, args.adapter)
   log.info(f"{folder} answers")
   return model
 

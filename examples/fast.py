@@ -545,8 +545,8 @@ def owned_by(function):
 
 def kept_file(function, shaped_by, owned):
   """-> the file of a program, which depends on the function and all that it calls, on what else shaped it
-  (the device first), on the tensors that it owns by their shape and type, on this file, the compiler and the
-  processor. None for several devices: their buffers are not stored."""
+  (the device first), on the tensors that it owns by their shape and type, on this file and lora.py, the compiler and
+  the processor. None for several devices: their buffers are not stored."""
   device, *_ = shaped_by
   if not KEPT or isinstance(device, tuple):
     return None
@@ -555,7 +555,7 @@ def kept_file(function, shaped_by, owned):
   known = hashlib.sha256()
   for part in (code_of(function), shaped_by, PORTABLE, tensors, type(renderer), machine):
     known.update(repr(part).encode())
-  for source in ("fast.c", "fast.py"):
+  for source in ("fast.c", "fast.py", "lora.py"):
     known.update(Path(__file__).with_name(source).read_bytes())
   known.update(importlib.metadata.version("tinygrad").encode())
   return CACHE / f"{known.hexdigest()[:32]}.program"
