@@ -581,8 +581,8 @@ def read_config(path):
   text |= table(text.get("rope_parameters"))
   check(top.get("model_type") == "paligemma", top, "model_type")
   check(text.get("rope_scaling") is None, text, "rope_scaling")
-  kind = Gemma2Config if text.get("model_type") == "gemma2" else TextConfig
-  v, t = sizes(VisionConfig, vision), sizes(kind, text)
+  v = sizes(VisionConfig, vision)
+  t = sizes(Gemma2Config if text.get("model_type") == "gemma2" else TextConfig, text)
   kinds = "sliding" if t.gemma2 else "full", "full"
   layers = [f"{kinds[i % 2]}_attention" for i in range(t.num_hidden_layers)]
   check(text.get("layer_types") in (None, layers), text, "layer_types")
