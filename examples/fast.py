@@ -344,7 +344,7 @@ def c_matmul(a, b, kind, batched):
   Z, rows, cols = math.prod(lead), math.prod(a.shape[len(lead):-1]), a.shape[-1]
   (I, K), J = (cols, rows) if kind == "tn" else (rows, cols), b.shape[-2 if kind == "nt" else -1]
   outs = {"out": empty(a, *((*lead, I, J) if kind == "tn" else (*a.shape[:-1], J)))}
-  rounded = b.dtype in (dtypes.uint16, dtypes.int8, dtypes.uint8) and not PORTABLE
+  rounded = kind == "nt" and b.dtype in (dtypes.uint16, dtypes.int8, dtypes.uint8) and not PORTABLE
   if rounded:  # a in bfloat16, once for each core
     outs["scratch"] = empty(a, CPU_COUNT.value, I, -(-K // 32) * 16 + 16, dtype=dtypes.int32)
   defines = {"MATMUL": 1, "BATCH": Z, "I": I, "J": J, "K": K, "BITS": bits, "ROUNDED": int(rounded),
@@ -354,7 +354,7 @@ def c_matmul(a, b, kind, batched):
   def backward(grad, call):
     d, a, b, *scale = Tensor(grad), *map(Tensor, call.src[1 + len(outs):])
     if bits < 32:
-      weight = Packed(b, *scale, (J, K)).float() if scale else to_float32(b)
+      weight = Packed(b, *scale, (J, K)) if scale else b  # as it is: in float32 an embedding has gigabytes
       return *[None] * len(outs), c_matmul(d, weight, "nn", False).uop, *[None] * (1 + len(scale))
     ways = {"nt": ((d, b, "nn"), (d, a, "tn")), "nn": ((d, b, "nt"), (a, d, "tn")),
             "tn": ((b, d, "nt"), (a, d, "nn"))}
