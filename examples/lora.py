@@ -29,13 +29,15 @@ TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 
 
 class AdaptedLinear:
-  """A layer, called with x (.., in) -> (.., out), plus scale (x A') B'. a (r, in), b (out, r): float32."""
-  def __init__(self, base_layer, a, b, scale):
+  """A layer, called with x (.., in) -> (.., out), plus scale (x A') B'. a (r, in), b (out, r), scale (1,): float32.
+  scale is None where b has it already; as a tensor it is no part of a compiled program, which others may use."""
+  def __init__(self, base_layer, a, b, scale=None):
     self.base_layer, self.scale = base_layer, scale
     self.lora_A, self.lora_B = SimpleNamespace(weight=a), SimpleNamespace(weight=b)
 
   def __call__(self, x):
-    return self.base_layer(x) + matmul(matmul(x, self.lora_A.weight) * self.scale, self.lora_B.weight)
+    low = matmul(x, self.lora_A.weight)
+    return self.base_layer(x) + matmul(low if self.scale is None else low * self.scale, self.lora_B.weight)
 
 
 def matmul(x, w):
@@ -69,8 +71,9 @@ def create(net, names, rank, alpha, place):
     layer, owner = find(net, name)
     outputs, inputs = layer.weight.shape
     a = np.random.default_rng((0, i)).uniform(-1, 1, (rank, inputs)) * inputs ** -0.5
-    b = np.zeros((outputs, rank), np.float32)
-    setattr(owner, name.split(".")[-1], AdaptedLinear(layer, place(a.astype(np.float32)), place(b), alpha / rank))
+    arrays = a, np.zeros((outputs, rank)), np.full(1, alpha / rank)
+    tensors = (place(array.astype(np.float32)) for array in arrays)
+    setattr(owner, name.split(".")[-1], AdaptedLinear(layer, *tensors))
 
 
 def config(rank, alpha, vision, base):
@@ -172,7 +175,7 @@ def attach(net, folder, place, device):
   net.adapter = pairs, replaced  # a tensor over borrowed memory does not keep it alive
   for path, pair in pairs.items():
     layer, owner = layers[path]
-    adapted = AdaptedLinear(layer, *(place(array, device, "adapter") for array in pair), 1)
+    adapted = AdaptedLinear(layer, *(place(array, device, "adapter") for array in pair))
     setattr(owner, path.split(".")[-1], adapted)
   for name, array in replaced.items():
     setattr(layers[PROJECTOR][0], name.split(".")[-1], place(array, device, "adapter"))
