@@ -3,6 +3,8 @@
     python examples/train.py
     python examples/train.py DATA --init weights/paligemma-3b-pt-224
     python examples/train.py DATA --init weights/paligemma-3b-pt-224 --part attention
+    python examples/train.py DATA --eval --weights weights/paligemma-3b-pt-224 --adapter OUT
+    python examples/train.py --merge OUT --init weights/paligemma-3b-pt-224 --save weights/merged
 
 A data folder holds pictures and a data.jsonl with lines {"image": file, "prefix": question, "suffix":
 answer}, the format of PaliGemma's own fine-tunes. A run's folder (--save) is a complete PaliGemma folder, or
@@ -33,6 +35,7 @@ import by_layer
 import checkpoint
 import codebook
 import samples
+import score
 import shapes
 import vlm
 from tokenizer import CODES, LOC, Tokenizer, regular
@@ -47,6 +50,7 @@ ROOT = Path(vlm.__file__).resolve().parent  # where weights/ is
 REPORTS = 40   # times in a run: held-out loss, a sample answer, a checkpoint
 LARGE = 500_000_000  # weights: from there on LoRA, layer by layer, and few reports are the defaults
 lora = vlm.beside("lora")
+KNOWN = 8      # held-out questions of a data folder that a report asks
 QUESTIONS = 4  # about a toy picture at once: SigLIP runs once for all, and what is asked has to be heeded
 TOY = {
   "model_type": "paligemma", "architectures": ["PaliGemmaForConditionalGeneration"], "dtype": "float32",
@@ -223,6 +227,9 @@ class Toy:
     """-> picture, prefix, suffix of a held-out question."""
     return shapes.example(shapes.VALID_SEED, i)
 
+  def known(self):
+    return []  # shapes.py --eval tells more
+
 def tokenize(tokenizer, prefix, suffix):
   """-> ids of the prompt, ids of the answer with the end of the sequence."""
   return tokenizer.prompt(prefix), tokenizer.encode(suffix) + [tokenizer.eos]
@@ -267,7 +274,7 @@ class Folder:
       raise Fault(f"{path} has no usable line" + (f"; {bad[0]}" if bad else ""))
     self.found = f"{folder}: {len(examples)} lines" + (f", {len(bad)} bad ones left out" if bad else "")
     self.text = -(-max(sum(map(len, ids)) for _, ids, _ in examples) // 8) * 8
-    self.examples = [e for i, e in enumerate(examples) if i % 20 != 19]
+    self.all, self.examples = examples, [e for i, e in enumerate(examples) if i % 20 != 19]
     self.held = examples[19::20] or examples[:1]  # of fewer than 20 lines none can be spared
 
   def check(self, line, tokenizer):
@@ -306,6 +313,10 @@ class Folder:
   def sample(self, i):
     path, _, question = self.held[i % len(self.held)]
     return vlm.open_image(path), *question
+
+  def known(self):
+    """-> [(picture, prefix, suffix)], a few held-out questions: an answer may take seconds."""
+    return [(path, *question) for path, _, question in self.held[:KNOWN]]
 
 class Run:
   """A training run and its folder. All files are written whole or not at all, the state (weights and
@@ -530,8 +541,53 @@ class Run:
     [answer] = model.generate([image], [prefix], max_tokens=min(self.data.text, room))
     vlm.log.info(f"step {step}: loss {loss:.3f}, held out {held_out:.3f}\n"
                  f"  {prefix!r}: {suffix!r}, model: {answer.text!r}")
+    if known := self.data.known():
+      vlm.log.info(f"  held out: {score.summary([*score.ask(model, known, min(self.data.text, room))])}")
 
 SETTINGS = "data", "steps", "batch", "accumulate", "lr", "part", "rank", "alpha", "vision"  # what a run depends on
+def merge(adapter, source, folder):
+  """An adapter and the folder of 16- or 32-bit weights it is for -> a new folder of the same number types. Raises
+  Fault."""
+  pairs, scale, replaced = lora.read(adapter)
+  arrays = vlm.read_weights(source)
+  if any(array.itemsize == 1 for array in arrays.values()):
+    raise Fault(f"{source} is quantised; merge with the weights it was made of, and quantise what comes out")
+  lora.check_shapes(adapter, pairs, replaced, {n: array.shape for n, array in arrays.items()})
+
+  def merged(array, a, b):
+    """As float32, which checkpoint.safetensors rounds to the type of the array."""
+    if array.dtype == np.uint16:
+      array = (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float32) + np.float32(scale) * (b @ a)
+  tensors = {n: checkpoint.Later.of(array) for n, array in arrays.items()}
+  for name, (a, b) in pairs.items():
+    array = arrays[f"{name}.weight"]
+    make = functools.partial(merged, array, a, b)
+    tensors[f"{name}.weight"] = checkpoint.Later(array.shape, array.dtype, make)
+  for name, new in replaced.items():
+    array = arrays[name]
+    tensors[name] = checkpoint.Later(array.shape, array.dtype, lambda new=new: new)
+  config = json.loads((source / "config.json").read_text())
+  config.pop("note", None)  # it says what the weights were
+  checkpoint.write(folder, config, source / "tokenizer.model", tensors)
+
+def evaluate(args):
+  """--eval: how good the answers to the questions of a data folder are, as a line on stdout and a picture of the
+  worst ones."""
+  out = Path(args.worst)
+  vlm.beside("draw").check_output(out, [])
+  model = vlm.open_model(args)
+  data = Folder(args.data, model.tokenizer, model.config, 1, args.skip_bad)
+  vlm.log.info(data.found)
+  examples, results = [(path, *question) for path, _, question in data.all], []
+  for done, found in enumerate(score.ask(model, examples, data.text), 1):
+    results.append(found)
+    vlm.terminal.bar(done, len(examples), f"questions asked, {score.summary(results)}")
+  vlm.log.debug("")
+  vlm.beside("draw").save_picture(score.worst(results), out, [])
+  print(score.summary(results))
+  vlm.log.info(f"the worst {min(len(results), score.WORST)} answers: {out}")
+
 RATES = {"lora": 2e-4, "projector": 1e-4}  # of a large checkpoint; of all other parts big_vision's 1e-5
 
 def settle(args, weights):
@@ -606,6 +662,12 @@ def arguments(argv):
                  description="Train the toy world from random weights, or pictures on top of a checkpoint.")
   p.add_argument("data", nargs="?", default="", metavar="DATA",
                  help="a folder with data.jsonl; none: the toy world")
+  p.add_argument("--eval", action="store_true", help="how good are the answers of --weights, with --adapter, to DATA?")
+  p.add_argument("--weights", metavar="DIR", help="of --eval (default: largest in weights/)")
+  p.add_argument("--adapter", metavar="DIR", help="of --eval")
+  p.add_argument("--worst", metavar="FILE", default="worst.png",
+                 help="of --eval: a picture of the ten worst answers (default: %(default)s)")
+  p.add_argument("--merge", metavar="ADAPTER", help="an adapter and --init become one folder, --save")
   p.add_argument("--init", metavar="DIR", help="checkpoint to start from (default: random weights)")
   p.add_argument("--save", metavar="DIR", help="where it goes (default: weights/trained)")
   p.add_argument("--part", choices=PARTS, help="what moves (default: lora from half a billion weights on, else all)")
@@ -625,6 +687,14 @@ def arguments(argv):
   p.add_argument("--device", metavar="DEV", help="METAL, CUDA, CPU, ... (default: the best, or $DEV)")
   p.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
   args = p.parse_args(argv)
+  shared = {"--device", "--quiet"}
+  if args.merge is not None and (args.data or args.given != {"--merge", "--init", "--save"} | args.given & shared):
+    raise Fault("--merge ADAPTER goes with --init DIR and --save DIR, and with nothing else")
+  evaluating = {"--eval", "--weights", "--adapter", "--worst", "--skip-bad"}
+  if args.eval and (not args.data or args.given - evaluating - shared):
+    raise Fault("--eval takes a data folder, --weights, --adapter, --worst and --skip-bad")
+  if not args.eval and args.given & (evaluating - {"--skip-bad"}):
+    raise Fault("--weights, --adapter and --worst go with --eval; to train there are --init and --save")
   args.save = args.save or ROOT / "weights" / "trained"
   given = {name: value for name, value in vars(args).items() if value is not None}
   for wrong, message in ((given.get("steps", 1) < 1, "--steps: at least 1"),
@@ -642,6 +712,12 @@ def arguments(argv):
 @vlm.program
 def main(argv):
   args = arguments(argv)
+  if args.eval:
+    return evaluate(args)
+  if args.merge is not None:
+    merge(args.merge, vlm.terminal.find_weights(args.init, ROOT), Path(args.save))
+    vlm.log.info(f"{args.save}: a whole model")
+    return 0
   job = Run(args)
   before = signal.signal(signal.SIGINT, job.interrupt)
   try:
