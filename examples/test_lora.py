@@ -33,7 +33,7 @@ def pixels(seed=0, count=1):
 def logits(model):
   return model.prefix([pixels()[0]], [PROMPT], 8)[1].numpy()[0]
 
-def random_adapter(folder, kind="tiny1", rank=4, vision=True, change=None, alpha=8, **settings):
+def random_adapter(folder, kind="tiny1", rank=4, vision=True, change=None, alpha=8, size=0.2, **settings):
   """A folder with an adapter whose B is not zero."""
   folder.mkdir(exist_ok=True)
   rng, tensors = np.random.default_rng(1), {}
@@ -42,7 +42,7 @@ def random_adapter(folder, kind="tiny1", rank=4, vision=True, change=None, alpha
   for name in [n for n in names if lora.re.fullmatch(lora.pattern(vision), n)]:
     outputs, inputs = shapes_of[name + ".weight"]
     for part, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
-      tensors[f"{lora.PREFIX}{name}.lora_{part}.weight"] = 0.2 * rng.standard_normal(shape).astype(np.float32)
+      tensors[f"{lora.PREFIX}{name}.lora_{part}.weight"] = size * rng.standard_normal(shape).astype(np.float32)
   if change:
     change(tensors)
   save_file(tensors, folder / lora.WEIGHTS)
@@ -160,6 +160,7 @@ def quiet(monkeypatch, tmp_path):
   monkeypatch.setattr(train.Run, "report", lambda self: None)  # a sample answer compiles two more programs
   monkeypatch.chdir(tmp_path)
 
+@pytest.mark.long
 def test_several_batches_are_one(tmp_path):
   """One update from four batches of one row is that from one batch of four."""
   found = {}
@@ -185,6 +186,7 @@ def test_a_run_writes_an_adapter_that_is_used_and_nothing_else_moves(tmp_path):
   used = logits(vlm.load(WEIGHTS / "tiny1", adapter=tmp_path / "run"))
   assert np.abs(used - logits(job.model)).max() < 1e-4 * used.std() and np.abs(used - plain).max() > 0.01 * plain.std()
 
+@pytest.mark.long
 def test_resume_equals_an_uninterrupted_run(tmp_path):
   whole = adapted(tmp_path / "whole", "--accumulate", 2)
   whole.train()
@@ -205,6 +207,7 @@ def test_resume_equals_an_uninterrupted_run(tmp_path):
     right, found = load_file(tmp_path / "whole" / name), load_file(tmp_path / "part" / name)
     assert all((right[n] == found[n]).all() for n in right) and right.keys() == found.keys()
 
+@pytest.mark.long
 def test_an_adapter_on_int4_learns(tmp_path):
   quantize.save(WEIGHTS / "tiny1", tmp_path / "q", 4)
   job = adapted(tmp_path / "run", "--init", tmp_path / "q")
@@ -296,7 +299,7 @@ def test_live_we_read_pefts(kind, settings, peft, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_live_gradients_are_pefts(kind, peft, tmp_path):
   """Every adapter's gradient, of four rows with padding."""
-  folder = random_adapter(tmp_path / "a", kind)
+  folder = random_adapter(tmp_path / "a", kind, size=0.05)  # large ones make much of rounding
   torch, model = peft.torch, vlm.load(WEIGHTS / kind)
   names = sorted(lora.read(folder)[0])
   lora.create(model.net, names, 4, 8, lambda array: vlm.upload(array, model.device))
