@@ -1,6 +1,6 @@
-"""Loss and gradients of a PaliGemma one layer at a time. Of a layer only its input is kept; when its gradient is
-needed it computes once more what it has forgotten (arxiv.org/abs/1604.06174), so memory grows with a picture, not
-with the depth. One compiled program serves all layers of a kind: their weights are its inputs."""
+"""Loss and gradients of a PaliGemma one layer at a time. Of a layer only its input is kept; when its gradient
+is needed it computes all else once more (arxiv.org/abs/1604.06174), so memory hardly grows with the depth. One
+compiled program serves all layers of a kind: their weights are its inputs."""
 import copy
 import sys
 from collections import namedtuple
@@ -14,14 +14,14 @@ from tinygrad.nn.state import get_state_dict
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vlm.py, wherever this is started from
 import vlm
 
-# part: what is called, name: its path in the model, run(part, x, *extras) -> x of the next one, extras: names of
-# what else it takes of a batch
+# part: what is called, name: its path in the model, run(part, x, *extras) -> x of the next one, extras: names
+# of what else it takes of a batch
 Stage = namedtuple("Stage", "kind name part run extras")
 BATCH = "pixels", "ids", "labels", "full", "sliding", "cos", "sin"  # as vlm.loss takes them
 
 
 def rebuilt(thing, values, name=""):
-  """A layer whose tensors are those of {name: Tensor}, and whose other attributes are shared with the original."""
+  """A layer whose tensors are those of {name: Tensor}; it shares its other attributes with the original."""
   if isinstance(thing, Tensor):
     return values[name]
   if isinstance(thing, list):
@@ -82,8 +82,8 @@ class Layers:
     return [name for name in self.weights[i] if self.stages[i].name + name in self.trained]
 
   def call(self, i, x, batch, gradient=None):
-    """The stage's output for x, or, with the gradient of its output, the gradients of x and of what is trained in it.
-    All are arrays, and so is the output: of a program the next call overwrites it."""
+    """The stage's output for x, or, with the gradient of that output, the gradients of x and of what is trained
+    in it. All are arrays, since the next call of a program overwrites the tensors it returned."""
     stage, weights, moving = self.stages[i], self.weights[i], self.moving(i)
     device, backward = next(iter(weights.values())).device, gradient is not None
     key = stage.kind, *moving, backward, len(stage.extras), x.shape
@@ -93,7 +93,9 @@ class Layers:
     with Tensor.train(backward):
       outputs = self.programs[key](*inputs, *(batch[name] for name in stage.extras), *weights.values())
     outputs = [t.numpy().copy() for t in outputs]
-    return (outputs[0], dict(zip((stage.name + name for name in moving), outputs[1:]))) if backward else outputs[0]
+    if not backward:
+      return outputs[0]
+    return outputs[0], dict(zip((stage.name + name for name in moving), outputs[1:]))
 
   def forward(self, batch):
     """batch: tensors in the order of BATCH -> the batch by name, the inputs of all stages, the loss."""
@@ -121,7 +123,7 @@ class Layers:
 
 
 def program(stage, names, moving, backward):
-  """A stage as a compiled program of x, the gradient of its output if it is to go backward, extras and weights."""
+  """A stage as a compiled program of x, with `backward` of the gradient of its output, of extras and weights."""
   part, run, extras = stage.part, stage.run, len(stage.extras)
 
   def forward(x, *inputs):

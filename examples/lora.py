@@ -1,7 +1,8 @@
 """LoRA (arxiv.org/abs/2106.09685): two small matrices beside each large one, which stays as it is, mapped or
 quantised. In the files of Hugging Face's PEFT: adapter_config.json and adapter_model.safetensors.
 
-    x W'  becomes  x W' + scale (x A') B',    A (r, in), B (out, r), scale alpha / r, with rsLoRA alpha / sqrt(r)
+    x W'  becomes  x W' + scale (x A') B'
+    A (r, in), B (out, r), scale alpha / r, or with rsLoRA alpha / sqrt(r)
 
 An AdaptedLinear stands where a Linear stood, and the model does not know of it. Imports nothing of vlm."""
 import json
@@ -29,8 +30,9 @@ TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 
 
 class AdaptedLinear:
-  """A layer, called with x (.., in) -> (.., out), plus scale (x A') B'. a (r, in), b (out, r), scale (1,): float32.
-  scale is None where b has it already; as a tensor it is no part of a compiled program, which others may use."""
+  """A layer, called with x (.., in) -> (.., out), plus scale (x A') B'. a (r, in), b (out, r), scale (1,):
+  float32. scale is None where b has it already; a number would be part of a compiled program, which other
+  adapters may use."""
   def __init__(self, base_layer, a, b, scale=None):
     self.base_layer, self.scale = base_layer, scale
     self.lora_A, self.lora_B = SimpleNamespace(weight=a), SimpleNamespace(weight=b)
@@ -79,8 +81,8 @@ def create(net, names, rank, alpha, place):
 def config(rank, alpha, vision, base):
   """-> the content of an adapter_config.json, which PEFT reads, too. base: the name of what was adapted."""
   return {"peft_type": "LORA", "base_model_name_or_path": str(base), "r": rank, "lora_alpha": alpha,
-          "target_modules": rf".*\.{pattern(vision)}", "lora_dropout": 0.0, "bias": "none", "use_rslora": False,
-          "fan_in_fan_out": False, "modules_to_save": None, "inference_mode": True, "task_type": None}
+          "target_modules": rf".*\.{pattern(vision)}", "lora_dropout": 0.0, "bias": "none",
+          "use_rslora": False, "fan_in_fan_out": False, "modules_to_save": None, "inference_mode": True, "task_type": None}
 
 
 def read_config(folder):
@@ -96,13 +98,10 @@ def read_config(folder):
     raise Fault(f"{path}: {e.strerror}; an adapter is a folder with {CONFIG} and {WEIGHTS}") from None
   except (ValueError, KeyError, TypeError, RecursionError):
     raise Fault(f"{path}: not the file of an adapter that PEFT or train.py writes") from None
-  for key in UNSUPPORTED:
-    if found.get(key):
-      raise Fault(f"{path}: {key} {str(found[key])[:50]} is not supported; merge the adapter with PEFT, and use "
-                  "what it writes")
-  if found.get("bias") not in (None, "none"):
-    raise Fault(f"{path}: bias {str(found['bias'])[:50]} is not supported; merge the adapter with PEFT, and use "
-                "what it writes")
+  for key in (*UNSUPPORTED, "bias"):
+    if found.get(key) and (key, found[key]) != ("bias", "none"):
+      raise Fault(f"{path}: {key} {str(found[key])[:50]} is not supported; merge the adapter with PEFT, and "
+                  "use what it writes")
   return found
 
 

@@ -68,8 +68,8 @@ def from_table(path):
 
 def from_coco(path):
   """COCO's detections: {"images": [{"id", "file_name", "width", "height"}], "categories": [{"id", "name"}],
-  "annotations": [{"image_id", "category_id", "bbox": [x, y, width, height]}]} -> for each picture a question for
-  all that is on it, answered with its boxes, from left to right within a name."""
+  "annotations": [{"image_id", "category_id", "bbox": [x, y, width, height]}]} -> for each picture a question
+  for all that is on it, answered with its boxes, from left to right within a name."""
   found = []
   try:
     content = json.loads(read_text(path))
@@ -83,7 +83,8 @@ def from_coco(path):
         if not entry.get("iscrowd"):
           boxes.setdefault(entry["image_id"], []).append((names[entry["category_id"]], x, y, x + w, y + h))
       except (ValueError, KeyError, TypeError):
-        raise Fault(f"{path}, annotation {number}: needs image_id, category_id, and bbox [x, y, width, height]") from None
+        raise Fault(f"{path}, annotation {number}: needs image_id, category_id, and bbox [x, y, width, height]"
+                    ) from None
     for number, image in enumerate(content["images"], 1):
       size = image["width"], image["height"]
       there = sorted(boxes.get(image["id"], []))

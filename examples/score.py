@@ -1,5 +1,5 @@
-"""How good a model's answers are to questions whose answers are known: train.py --eval, and its reports. Exact match,
-and where answers have boxes the mean IoU and the share of boxes found."""
+"""How good a model's answers are to questions whose answers are known, for train.py: exact match, and where
+answers have boxes the mean IoU and the share of boxes found."""
 import sys
 from collections import namedtuple
 from pathlib import Path
@@ -15,7 +15,8 @@ from tokenizer import parse_boxes
 draw = vlm.beside("draw")
 WORST = 10
 HIT = 0.5  # IoU from which on a box is right
-Result = namedtuple("Result", "image prefix truth answer exact overlaps boxes")  # overlaps: one for each true box
+# overlaps: an IoU for each true box
+Result = namedtuple("Result", "image prefix truth answer exact overlaps boxes")
 
 
 def ask(model, examples, max_tokens):
@@ -31,7 +32,8 @@ def result(picture, image, prefix, truth, answer):
   found = [(box.label, box.box) for box in answer.boxes]
   overlaps = shapes.match(true, found)
   overlaps += [0.0] * (len(true) - len(overlaps))  # what was not found
-  return Result(image, prefix, truth, answer.text, answer.text.strip() == truth.strip(), overlaps, answer.boxes)
+  exact = answer.text.strip() == truth.strip()
+  return Result(image, prefix, truth, answer.text, exact, overlaps, answer.boxes)
 
 
 def summary(results):
@@ -50,7 +52,7 @@ def goodness(r):
 
 
 def worst(results):
-  """The ten worst answers as one picture: each with its boxes, the question, the truth, and what the model said."""
+  """The ten worst answers as one picture: each with its boxes, the question, the truth and the answer."""
   rows = sorted(results, key=goodness)[:WORST]
   side, gap, width = 180, 10, 900
   page = Image.new("RGB", (width, gap + len(rows) * (side + gap)), "white")

@@ -97,7 +97,8 @@ def waves(position, width, most):
   return np.concatenate([np.sin(angle), np.cos(angle)], 1)
 
 # --part: which weights move; attention is big_vision's own recipe
-PARTS = {"lora": r".*\.lora_[AB]\.", "all": "", "projector": r"multi_modal_projector\.", "attention": r"language_model.*self_attn\.",
+PARTS = {"lora": r".*\.lora_[AB]\.", "all": "",
+         "projector": r"multi_modal_projector\.", "attention": r"language_model.*self_attn\.",
          "language": r"language_model\.", "decoder": r"(multi_modal_projector|language_model)\."}
 
 class Trainer:
@@ -123,7 +124,8 @@ class Trainer:
     self.compile()
 
   def compile(self):
-    batch_loss, weights, update = functools.partial(vlm.loss, self.net), [*self.weights.values()], self.update()
+    batch_loss, update = functools.partial(vlm.loss, self.net), self.update()
+    weights = [*self.weights.values()]
     def step(*batch):
       value = batch_loss(*batch)
       return update(value, value.gradient(*weights))
@@ -131,7 +133,7 @@ class Trainer:
     self.step_jit.cnt = self.loss_jit.cnt = 1
 
   def update(self):
-    """-> a function of the loss and the gradients of all `weights`, which changes these and returns the loss."""
+    """-> a function of the loss and the gradients of all `weights`, which changes them; it returns the loss."""
     weights, optimizers = list(self.weights.values()), [optimizer for _, optimizer in self.optimizers]
     def update(value, gradients):
       norm = Tensor.stack(*[g.square().sum() for g in gradients]).sum().sqrt()
@@ -172,7 +174,7 @@ class Trainer:
     return self.loss_jit(*batch).item()
 
 class LayerTrainer(Trainer):
-  """The same by gradients of one layer at a time, of one or more batches an update: less memory, more time."""
+  """The same by gradients of one layer at a time, of several batches an update: less memory, more time."""
   def compile(self):
     self.layers, update = by_layer.Layers(self.net, self.config, set(self.weights)), self.update()
     self.update_jit = TinyJit(lambda value, *gradients: update(value, gradients))
@@ -351,7 +353,8 @@ class Run:
     settle(args, sum(t.numel() for t in get_state_dict(vlm.PaliGemma(config)).values()))
     self.adapts = args.part == "lora"  # and so only an adapter is written
     if not self.adapts and any(t.dtype in (dtypes.int8, dtypes.uint8) for t in get_state_dict(net).values()):
-      raise Fault(f"{source} is quantised, which only --part lora can train; or start from what it was made of")
+      raise Fault(f"{source} is quantised, which only --part lora can train; or start from what it was made "
+                  "of")
     if args.data:
       self.data = Folder(args.data, tokenizer, config, args.batch, args.skip_bad)
       vlm.log.info(self.data.found)
@@ -458,7 +461,8 @@ class Run:
   def save(self):
     """model.safetensors, or the adapter, then the state; the names are those of hub files."""
     if self.adapts:
-      file, weights = lora.WEIGHTS, {lora.PREFIX + n: (t, dtypes.float32) for n, t in self.trainer.weights.items()}
+      file = lora.WEIGHTS
+      weights = {lora.PREFIX + n: (t, dtypes.float32) for n, t in self.trainer.weights.items()}
     else:
       file, weights = "model.safetensors", {
         checkpoint.hub_name(n): (t, self.types[n]) for n, t in get_state_dict(self.model.net).items()}
@@ -544,10 +548,12 @@ class Run:
     if known := self.data.known():
       vlm.log.info(f"  held out: {score.summary([*score.ask(model, known, min(self.data.text, room))])}")
 
-SETTINGS = "data", "steps", "batch", "accumulate", "lr", "part", "rank", "alpha", "vision"  # what a run depends on
+# what a run depends on
+SETTINGS = "data", "steps", "batch", "accumulate", "lr", "part", "rank", "alpha", "vision"
+
 def merge(adapter, source, folder):
-  """An adapter and the folder of 16- or 32-bit weights it is for -> a new folder of the same number types. Raises
-  Fault."""
+  """An adapter and the folder of 16- or 32-bit weights it is for -> a new folder of the same number types.
+  Raises Fault."""
   pairs, scale, replaced = lora.read(adapter)
   arrays = vlm.read_weights(source)
   if any(array.itemsize == 1 for array in arrays.values()):
@@ -572,8 +578,8 @@ def merge(adapter, source, folder):
   checkpoint.write(folder, config, source / "tokenizer.model", tensors)
 
 def evaluate(args):
-  """--eval: how good the answers to the questions of a data folder are, as a line on stdout and a picture of the
-  worst ones."""
+  """--eval: how good the answers to the questions of a data folder are, as a line on stdout and a picture of
+  the worst ones."""
   out = Path(args.worst)
   vlm.beside("draw").check_output(out, [])
   model = vlm.open_model(args)
@@ -591,13 +597,14 @@ def evaluate(args):
 RATES = {"lora": 2e-4, "projector": 1e-4}  # of a large checkpoint; of all other parts big_vision's 1e-5
 
 def settle(args, weights):
-  """What was not given of a run, by how many weights the model has. A checkpoint that knows something is easily
-  wrecked by the rate that a toy needs."""
+  """What was not given of a run, by how many weights the model has. A checkpoint that knows something is
+  easily wrecked by the rate that a toy needs."""
   large = weights > LARGE
   args.part = args.part or ("lora" if large else "all")
   small_batch = large or args.part == "lora"
   defaults = {"batch": 1 if large else 32, "accumulate": 8 if large else 1,
-              "lr": RATES.get(args.part, 1e-5) if small_batch else 1e-3, "reports": 5 if small_batch else REPORTS,
+              "lr": RATES.get(args.part, 1e-5) if small_batch else 1e-3,
+              "reports": 5 if small_batch else REPORTS,
               "steps": 24000 if not args.data else 500 if large else 2000}
   for name, value in defaults.items():
     if getattr(args, name) is None:
@@ -618,13 +625,16 @@ def memory(net, config, args, text):
   layer = rows * positions * (8 * t.intermediate_size + 12 * t.hidden_size
                               + 5 * t.num_attention_heads * (positions + t.head_dim))
   head = 4 * rows * text * t.vocab_size
-  kept = rows * (t.num_hidden_layers * positions * t.hidden_size + v.num_hidden_layers * v.patches * v.hidden_size)
+  kept = rows * t.num_hidden_layers * positions * t.hidden_size
+  kept += rows * v.num_hidden_layers * v.patches * v.hidden_size
   if not args.by_layer:
     layer *= t.num_hidden_layers
   activations, optimizer = 4 * (layer + head + kept), 4 * 5 * trained
-  parts = {"weights": frozen + 4 * trained, "optimiser": optimizer, "activations": activations, "programs": PROCESS}
+  parts = {"weights": frozen + 4 * trained, "optimiser": optimizer, "activations": activations,
+           "programs": PROCESS}
   total = sum(parts.values())
-  told = f"{total / 1e9:.1f} GB (" + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items()) + ")"
+  listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+  told = f"{total / 1e9:.1f} GB ({listed})"
   return Memory(total, frozen, trained, told)
 
 PROCESS = 600_000_000  # bytes of Python, tinygrad and compiled programs
@@ -662,7 +672,7 @@ def arguments(argv):
                  description="Train the toy world from random weights, or pictures on top of a checkpoint.")
   p.add_argument("data", nargs="?", default="", metavar="DATA",
                  help="a folder with data.jsonl; none: the toy world")
-  p.add_argument("--eval", action="store_true", help="how good are the answers of --weights, with --adapter, to DATA?")
+  p.add_argument("--eval", action="store_true", help="how good are the answers of --weights to DATA?")
   p.add_argument("--weights", metavar="DIR", help="of --eval (default: largest in weights/)")
   p.add_argument("--adapter", metavar="DIR", help="of --eval")
   p.add_argument("--worst", metavar="FILE", default="worst.png",
@@ -670,7 +680,8 @@ def arguments(argv):
   p.add_argument("--merge", metavar="ADAPTER", help="an adapter and --init become one folder, --save")
   p.add_argument("--init", metavar="DIR", help="checkpoint to start from (default: random weights)")
   p.add_argument("--save", metavar="DIR", help="where it goes (default: weights/trained)")
-  p.add_argument("--part", choices=PARTS, help="what moves (default: lora from half a billion weights on, else all)")
+  p.add_argument("--part", choices=PARTS,
+                 help="what moves (default: lora from half a billion weights on, else all)")
   p.add_argument("--rank", type=int, default=8, metavar="N", help="of --part lora (default %(default)s)")
   p.add_argument("--alpha", type=float, default=16, metavar="X", help="of --part lora (default %(default)s)")
   p.add_argument("--vision", action="store_true", help="--part lora adapts SigLIP, too")
@@ -679,7 +690,7 @@ def arguments(argv):
   p.add_argument("--batch", type=int, metavar="N", help="questions at a time (default: 32, of a large one 1)")
   p.add_argument("--accumulate", type=int, metavar="N", help="batches a step (default: 1, of a large one 8)")
   p.add_argument("--lr", type=float, metavar="R",
-                 help="highest rate (default: 1e-3; lora 2e-4; other parts of a large one 1e-5, projector 1e-4)")
+                 help="highest (default: 1e-3; lora 2e-4; other parts of a large one 1e-5, projector 1e-4)")
   p.add_argument("--reports", type=int, metavar="N",
                  help="how often a sample is shown and all is saved (default: 40, of a large one 5)")
   p.add_argument("--resume", action="store_true", help="go on with the run in --save")
@@ -688,7 +699,7 @@ def arguments(argv):
   p.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
   args = p.parse_args(argv)
   shared = {"--device", "--quiet"}
-  if args.merge is not None and (args.data or args.given != {"--merge", "--init", "--save"} | args.given & shared):
+  if args.merge is not None and (args.data or args.given - shared != {"--merge", "--init", "--save"}):
     raise Fault("--merge ADAPTER goes with --init DIR and --save DIR, and with nothing else")
   evaluating = {"--eval", "--weights", "--adapter", "--worst", "--skip-bad"}
   if args.eval and (not args.data or args.given - evaluating - shared):
@@ -699,7 +710,7 @@ def arguments(argv):
   given = {name: value for name, value in vars(args).items() if value is not None}
   for wrong, message in ((given.get("steps", 1) < 1, "--steps: at least 1"),
                          (not 1 <= given.get("batch", 1) <= 10_000, "--batch: at least 1, at most 10000"),
-                         (not 1 <= given.get("accumulate", 1) <= 10_000, "--accumulate: at least 1, at most 10000"),
+                         (not 1 <= given.get("accumulate", 1) <= 10_000, "--accumulate: from 1 to 10000"),
                          (not 0 < given.get("lr", 1) < math.inf, "--lr: above 0"),
                          (not 1 <= args.rank <= 1024, "--rank: at least 1, at most 1024"),
                          (not 0 < args.alpha < 1e6, "--alpha: above 0"),
