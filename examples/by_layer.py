@@ -1,5 +1,5 @@
 """Loss and gradients of a PaliGemma one layer at a time. Of a layer only its input is kept; when its gradient
-is needed it computes all else once more (arxiv.org/abs/1604.06174), so memory hardly grows with the depth. One
+is needed all else is computed again (arxiv.org/abs/1604.06174), so memory hardly grows with the depth. One
 compiled program serves all layers of a kind: their weights are its inputs."""
 import copy
 import sys
@@ -82,8 +82,8 @@ class Layers:
     return [name for name in self.weights[i] if self.stages[i].name + name in self.trained]
 
   def call(self, i, x, batch, gradient=None):
-    """The stage's output for x, or, with the gradient of that output, the gradients of x and of what is trained
-    in it. All are arrays, since the next call of a program overwrites the tensors it returned."""
+    """The stage's output for x, or, with the gradient of that output, those of x and of what is trained in it.
+    All are arrays, since the next call of a program overwrites the tensors it returned."""
     stage, weights, moving = self.stages[i], self.weights[i], self.moving(i)
     device, backward = next(iter(weights.values())).device, gradient is not None
     key = stage.kind, *moving, backward, len(stage.extras), x.shape
@@ -123,7 +123,7 @@ class Layers:
 
 
 def program(stage, names, moving, backward):
-  """A stage as a compiled program of x, with `backward` of the gradient of its output, of extras and weights."""
+  """A stage as a compiled program of x, with `backward` of its output's gradient, of extras and weights."""
   part, run, extras = stage.part, stage.run, len(stage.extras)
 
   def forward(x, *inputs):

@@ -82,7 +82,8 @@ def config(rank, alpha, vision, base):
   """-> the content of an adapter_config.json, which PEFT reads, too. base: the name of what was adapted."""
   return {"peft_type": "LORA", "base_model_name_or_path": str(base), "r": rank, "lora_alpha": alpha,
           "target_modules": rf".*\.{pattern(vision)}", "lora_dropout": 0.0, "bias": "none",
-          "use_rslora": False, "fan_in_fan_out": False, "modules_to_save": None, "inference_mode": True, "task_type": None}
+          "use_rslora": False, "fan_in_fan_out": False, "modules_to_save": None, "inference_mode": True,
+          "task_type": None}
 
 
 def read_config(folder):

@@ -9,9 +9,9 @@ QUESTION = "caption en"  # where only the answer is given
 
 
 def read(folder):
-  """[(path of a picture, question, answer)] of a folder with a data.jsonl, whose lines are {"image": file, "prefix":
-  question, "suffix": answer}, or with a captions.csv of image and caption, or with a *.json of COCO's detections, or
-  with one subfolder for each label. Raises Fault, which names the first bad line."""
+  """[(path of a picture, question, answer)] of a folder with a data.jsonl, whose lines are {"image": file,
+  "prefix": question, "suffix": answer}, or with a captions.csv of image and caption, or with a *.json of COCO's
+  detections, or with one subfolder for each label. Raises Fault, which names the first bad line."""
   folder = Path(folder)
   lines, table = folder / "data.jsonl", folder / "captions.csv"
   if not folder.is_dir():
@@ -26,8 +26,8 @@ def read(folder):
     found = [(path, QUESTION, path.parent.name) for path in sorted(folder.glob("*/*"))
              if path.is_file() and not path.name.startswith(".")]
   if len(found) < 10:
-    raise Fault(f"{folder}: {len(found)} pictures with a text; at least 10 are needed, in a data.jsonl, a captions.csv, "
-                "a COCO *.json or one subfolder for each label")
+    raise Fault(f"{folder}: {len(found)} pictures with a text; at least 10 are needed, in a data.jsonl, a "
+                "captions.csv, a COCO *.json or one subfolder for each label")
   return found
 
 
@@ -83,7 +83,7 @@ def from_coco(path):
         if not entry.get("iscrowd"):
           boxes.setdefault(entry["image_id"], []).append((names[entry["category_id"]], x, y, x + w, y + h))
       except (ValueError, KeyError, TypeError):
-        raise Fault(f"{path}, annotation {number}: needs image_id, category_id, and bbox [x, y, width, height]"
+        raise Fault(f"{path}, annotation {number}: needs image_id, category_id and bbox, [x, y, width, height]"
                     ) from None
     for number, image in enumerate(content["images"], 1):
       size = image["width"], image["height"]

@@ -1,5 +1,5 @@
-"""Tests of lora.py, by_layer.py and LoRA in train.py. `-k live` compares with PEFT on transformers' model, both ways,
-and needs torch, transformers and peft."""
+"""Tests of lora.py, by_layer.py, score.py and LoRA in train.py. `-k live` compares with PEFT on transformers'
+model, both ways, and needs torch, transformers and peft."""
 import json
 import os
 import shutil
@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 from tinygrad import Tensor
 from tinygrad.nn.state import get_state_dict
@@ -119,6 +120,83 @@ def test_damaged_adapters(name, content, tmp_path):
     (folder / name).write_bytes(content)
   with pytest.raises(vlm.Fault, match=name):
     vlm.load(WEIGHTS / "tiny1", adapter=folder)
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_merged_folder_answers_alike(kind, tmp_path):
+  folder = random_adapter(tmp_path / "a", kind)
+  assert train.main(["--merge", str(folder), "--init", str(WEIGHTS / kind), "--save", str(tmp_path / "m")]) == 0
+  right = logits(vlm.load(WEIGHTS / kind, adapter=folder))
+  assert np.abs(logits(vlm.load(tmp_path / "m")) - right).max() < 1e-4 * right.std()
+
+def test_merging_keeps_number_types_and_leaves_the_rest(tmp_path):
+  """bfloat16 is rounded to the nearest; what no adapter names is the same to the bit."""
+  source = {n: np.array(a) for n, a in vlm.read_weights(WEIGHTS / "tiny1").items()}
+  half = {n: checkpoint.Later(a.shape, np.uint16, lambda a=a: a) for n, a in source.items()}
+  config = json.loads((WEIGHTS / "tiny1" / "config.json").read_text())
+  checkpoint.write(tmp_path / "half", config, WEIGHTS / "tiny1" / "tokenizer.model", half)
+  folder = random_adapter(tmp_path / "a", vision=False)
+  train.merge(folder, tmp_path / "half", tmp_path / "m")
+  before, after = vlm.read_weights(tmp_path / "half"), vlm.read_weights(tmp_path / "m")
+  pairs, scale, _ = lora.read(folder)
+  for name, array in after.items():
+    assert array.dtype == np.uint16
+    if name.removesuffix(".weight") in pairs:
+      a, b = pairs[name.removesuffix(".weight")]
+      old, new = ((t.astype(np.uint32) << 16).view(np.float32) for t in (before[name], array))
+      right = old + scale * b @ a
+      assert (np.abs(new - right) <= 2 ** -8 * np.abs(right) + 1e-30).all()
+    else:
+      assert (array == before[name]).all()
+
+# ---- measuring, and COCO ----
+def test_eval_counts(tmp_path, capsys, monkeypatch):
+  """Answers that are known: one exact, one with half of the boxes, one wrong."""
+  shapes.make(tmp_path / "scenes", 10, 1)
+  lines = [{"image": f"{i:06}.png", "prefix": "detect a", "suffix": suffix} for i, suffix in enumerate((
+    "<loc0000><loc0000><loc0511><loc0511> a", "<loc0000><loc0000><loc0511><loc0511> a ; <loc0600><loc0600><loc0900><loc0900> a",
+    "yes"))]
+  (tmp_path / "scenes" / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  text = lines[0]["suffix"]
+  def generate(self, images, prompts, **options):
+    return [vlm.Answer(text, [], vlm.parse_boxes(text, *image.size)) for image in images]
+  monkeypatch.setattr(vlm.VLM, "generate", generate)
+  assert train.main([str(tmp_path / "scenes"), "--eval", "--weights", str(WEIGHTS / "tiny1"), "--quiet"]) == 0
+  assert capsys.readouterr().out == "exact 0.333 of 3, boxes right 0.667 of 3, mean IoU 0.667\n"
+  assert vlm.open_image(tmp_path / "worst.png").size[0] == 900
+  mine = tmp_path / "worst.png"
+  mine.write_text("mine")
+  assert "worst.png" in refuses(capsys, tmp_path / "scenes", "--eval", "--weights", WEIGHTS / "tiny1")
+  assert mine.read_text() == "mine"
+
+def coco(folder, change=None, count=10):
+  """A folder in COCO's form: a 100 x 50 picture has a cat at (10, 5) to (60, 30), and a dog."""
+  folder.mkdir()
+  for i in range(count):
+    Image.new("RGB", (100, 50)).save(folder / f"{i}.png")
+  content = {"images": [{"id": i, "file_name": f"{i}.png", "width": 100, "height": 50} for i in range(count)],
+             "categories": [{"id": 1, "name": "cat"}, {"id": 7, "name": "dog"}],
+             "annotations": [{"image_id": i, "category_id": c, "bbox": box} for i in range(count)
+                             for c, box in ((7, [0, 0, 100, 50]), (1, [10, 5, 50, 25]))]}
+  if change:
+    change(content)
+  (folder / "instances.json").write_text(json.dumps(content))
+  return folder
+
+def test_coco(tmp_path):
+  found = vlm.beside("samples").read(coco(tmp_path / "c"))
+  path, question, answer = found[0]
+  assert len(found) == 10 and path.name == "0.png" and question == "detect cat ; dog"
+  assert answer == "<loc0102><loc0102><loc0614><loc0614> cat ; <loc0000><loc0000><loc1023><loc1023> dog"
+  cat, dog = vlm.parse_boxes(answer, 100, 50)
+  assert cat.box == pytest.approx((10, 5, 60, 30), abs=0.1) and dog.box == pytest.approx((0, 0, 100, 50))
+
+@pytest.mark.parametrize("change,said", [
+  (lambda c: c["annotations"][3].update(bbox=[1, 2, 3]), "annotation 4"), (lambda c: c.pop("images"), "needs images"),
+  (lambda c: c["annotations"][0].update(category_id=3), "annotation 1"), (lambda c: c["images"][2].update(width=0), "COCO"),
+  (lambda c: c["images"][2].update(file_name="no.png"), "image 3: no.png: no such image")])
+def test_bad_coco(change, said, tmp_path):
+  with pytest.raises(vlm.Fault, match=said):
+    vlm.beside("samples").read(coco(tmp_path / "c", change))
 
 # ---- gradients ----
 def example(model, rows=4, text=24):

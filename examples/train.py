@@ -133,7 +133,7 @@ class Trainer:
     self.step_jit.cnt = self.loss_jit.cnt = 1
 
   def update(self):
-    """-> a function of the loss and the gradients of all `weights`, which changes them; it returns the loss."""
+    """-> a function of the loss and the gradients of all `weights`, which changes these."""
     weights, optimizers = list(self.weights.values()), [optimizer for _, optimizer in self.optimizers]
     def update(value, gradients):
       norm = Tensor.stack(*[g.square().sum() for g in gradients]).sum().sqrt()
@@ -580,8 +580,10 @@ def merge(adapter, source, folder):
 def evaluate(args):
   """--eval: how good the answers to the questions of a data folder are, as a line on stdout and a picture of
   the worst ones."""
-  out = Path(args.worst)
-  vlm.beside("draw").check_output(out, [])
+  out, draw = Path(args.worst), vlm.beside("draw")
+  draw.check_output(out, [])
+  if os.path.lexists(out) and not draw.is_ours(out):
+    raise Fault(f"{out} is there already, and would be lost; name another file with --worst")
   model = vlm.open_model(args)
   data = Folder(args.data, model.tokenizer, model.config, 1, args.skip_bad)
   vlm.log.info(data.found)
@@ -590,7 +592,7 @@ def evaluate(args):
     results.append(found)
     vlm.terminal.bar(done, len(examples), f"questions asked, {score.summary(results)}")
   vlm.log.debug("")
-  vlm.beside("draw").save_picture(score.worst(results), out, [])
+  draw.save_picture(score.worst(results), out, [])
   print(score.summary(results))
   vlm.log.info(f"the worst {min(len(results), score.WORST)} answers: {out}")
 
