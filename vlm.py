@@ -786,7 +786,7 @@ def program(work):
 def add_arguments(p, answers=True):
   """The options that programs share; `answers`: those of Sampling too, for programs that ask the model."""
   p.add_argument("--weights", help="a PaliGemma folder or name (default: largest in weights/)")
-  p.add_argument("--adapter", help="a folder with an adapter, which PEFT or examples/train.py made")
+  p.add_argument("--adapter", help="a folder that examples/train.py or PEFT has made")
   p.add_argument("--device", help="METAL, CUDA, CPU, ... (default: the best, or $DEV)")
   p.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
   for f in fields(Sampling) if answers else ():
@@ -826,9 +826,9 @@ def ask(model, args, images, prompt):
 def main(argv):
   p = (terminal or argparse).ArgumentParser(
     prog="vlm.py", usage="vlm.py [IMAGE ...] [PROMPT] [options]", allow_abbrev=False,
-    description="Ask PaliGemma about a picture; without a prompt, again and again.",
+    description="Ask PaliGemma about a picture or several; without a prompt, again and again.",
     epilog='prompts: "caption en", "answer en QUESTION", "detect A ; B", "segment A"')
-  p.add_argument("words", nargs="*", metavar="IMAGE ... PROMPT", help="pictures, and what to ask of them")
+  p.add_argument("words", nargs="*", help=argparse.SUPPRESS)  # the usage and description tell it
   p.add_argument("--json", action="store_true", help="one JSON object instead of text")
   p.add_argument("--train", action="store_true", help="a small model, on drawn shapes or IMAGE, a folder")
   p.add_argument("--steps", type=int, default=1000, help="of --train (default: %(default)s)")
