@@ -1349,7 +1349,7 @@ def test_one_sitting():
     assert said in README, f"README.md must say {said}"
 
 # ---- the house ----
-BESIDE = ["fast", "terminal", "draw", "samples"]
+BESIDE = ["fast", "terminal", "lora", "draw", "samples"]
 
 def imports(path):
   """Names of the modules that a file imports, wherever in it"""
@@ -1370,7 +1370,7 @@ def test_imports_have_no_circle():
   for name in BESIDE:
     assert graph[name] <= {"tokenizer", *BESIDE}  # nothing of vlm
   text = (ROOT / "vlm.py").read_text()
-  assert re.findall(r'beside\("(\w+)"\)', text) == ["fast", "terminal"] and "sys.path" not in text
+  assert re.findall(r'beside\("(\w+)"\)', text) == ["fast", "terminal", "lora"] and "sys.path" not in text
   beside = text[text.index("def beside("):text.index("kernels, terminal =")]
   assert text.count("sys.modules") == beside.count("sys.modules") == 1
   left = dict(graph)
@@ -1426,6 +1426,8 @@ for kind in {KINDS!r}:
   assert caption.returncode == 0 and "examples/" in caption.stderr and "slowly" in caption.stderr
   assert [box["label"] for box in json.loads(boxes.stdout)["boxes"]] == ["red circle"] and os.listdir(tmp_path) == []
   assert loop.returncode == 2 and re.search(r"^vlm: .*prompt.*\n\Z", loop.stderr, flags=re.M)
+  adapted = ask("caption en", "--adapter", "x")
+  assert adapted.returncode == 2 and re.search(r"^vlm: --adapter needs the folder examples/.*\n\Z", adapted.stderr, flags=re.M)
 
 def test_a_hostile_folder(tmp_path):
   """A user's script beside modules with the names of ours: none is executed or mistaken, and the kernels are there"""

@@ -374,12 +374,10 @@ class Cache:
     self.k, self.v = ([place(empty, device) for _ in range(c.num_hidden_layers)] for _ in "kv")
     self.rope = [upload(t, device) for t in rope_table(c, np.arange(C))]
   def write(self, start, seen, layer, k, v):
-    """New k and v (B, K, T, d) of a layer into its slots from `start` -> the first `seen` of its k and v."""
-    both = []
+    """New k and v (B, K, T, d) of a layer into its slots from `start`; yields the first `seen` of each."""
     for cache, new in ((self.k[layer], k), (self.v[layer], v)):
       store = cache[:, :, start:start + new.shape[2]].uop.store(new.uop)
-      both.append(Tensor(cache.uop.after(store))[:, :, :seen])  # what is read is the cache after its write
-    return both
+      yield Tensor(cache.uop.after(store))[:, :, :seen]  # what is read is the cache after its write
 
 # ---- 8. Sampling ----
 @dataclass(frozen=True)
@@ -435,8 +433,7 @@ class VLM:
   question, are a list. One question at a time: see Turns in tokenizer.py."""
   def __init__(self, net, config, tokenizer, device, place):
     self.net, self.config, self.tokenizer, self.device, self.place = net, config, tokenizer, device, place
-    self.programs, self.caches, self.features, self.turns = {}, {}, {}, Turns()
-    self.timings = {"load_s": 0.0}  # a question adds its own
+    self.programs, self.caches, self.features, self.timings, self.turns = {}, {}, {}, {}, Turns()
   def _run(self, key, function, *inputs):
     # No function holds self: a garbage collection on one of tinygrad's threads would wait for itself forever.
     if key[0] != "decode":  # by then the answer has begun, on the line that this would clear
@@ -474,10 +471,11 @@ class VLM:
     cache, gemma, window = self.caches[B, C], self.net.language_model, self.config.text.sliding_window
     def run(token, slot, positions):
       cos, sin = (t[slot:slot + 1] for t in cache.rope)
-      seen = ((positions >= 0) & (positions <= slot)).reshape(B, 1, 1, 1, C)
-      near = seen & (positions > slot - window).reshape(B, 1, 1, 1, C)
+      positions = positions[:, None, None, None]  # (B, 1, 1, 1, C)
+      seen = (positions >= 0) & (positions <= slot)
+      masks = seen, seen & (positions > slot - window)
       x, write = gemma.embed(token.reshape(B, 1)), functools.partial(cache.write, slot, C)
-      return next_token(gemma, gemma(x, cos, sin, (seen, near), write))
+      return next_token(gemma, gemma(x, cos, sin, masks, write))
     token, slot = upload(np.asarray(token, np.int32), self.device), UOp.variable("slot", 0, C - 1).bind(slot)
     return self._run(("decode", B, C), run, token, slot, positions)
   def prefix(self, images, prompts, max_tokens):
@@ -555,7 +553,6 @@ def read_json(path):
     return table(json.loads(Path(regular(path)).read_text()))
   except (OSError, ValueError, RecursionError) as e:
     raise Fault(f"{path}: {getattr(e, 'strerror', None) or 'not JSON'}; download the folder again") from None
-
 def table(found):
   return found if isinstance(found, dict) else {}
 
@@ -583,17 +580,17 @@ def read_config(path):
   text |= table(text.get("rope_parameters"))
   check(top.get("model_type") == "paligemma", top, "model_type")
   check(text.get("rope_scaling") is None, text, "rope_scaling")
-  gemma2 = text.get("model_type") == "gemma2"
-  v, t = sizes(VisionConfig, vision), sizes(Gemma2Config if gemma2 else TextConfig, text)
-  kinds = "sliding" if gemma2 else "full", "full"
+  v = sizes(VisionConfig, vision)
+  t = sizes(Gemma2Config if text.get("model_type") == "gemma2" else TextConfig, text)
+  kinds = "sliding" if t.gemma2 else "full", "full"
   layers = [f"{kinds[i % 2]}_attention" for i in range(t.num_hidden_layers)]
   check(text.get("layer_types") in (None, layers), text, "layer_types")
   check(v.hidden_size % v.num_attention_heads == 0, vision, "num_attention_heads")
   check(t.num_attention_heads % t.num_key_value_heads == 0, text, "num_key_value_heads")
-  more = read_json(more) if more.exists() else {}
-  eos = more.get("eos_token_id") or top.get("eos_token_id") or text.get("eos_token_id") or 1
+  found = text | top | (read_json(more) if more.exists() else {})
+  eos = found.get("eos_token_id") or 1
   eos = eos if isinstance(eos, list) else [eos]
-  check(all(type(id) is int for id in eos), {"eos_token_id": eos}, "eos_token_id")
+  check(all(type(id) is int for id in eos), found, "eos_token_id")
   return Config(v, t, tuple(eos), top.get("image_token_index"))
 
 def canonical(name):
@@ -662,14 +659,19 @@ def open_device(name):
   except Exception as e:  # whatever a driver that is not there raises
     raise Fault(f"device {name or DEV.device or 'CPU'} cannot be used ({e}); omit --device, DEV") from None
 
-def load(folder, device=None, place=upload):
+def load(folder, device=None, place=upload, adapter=None):
   """A PaliGemma folder (config.json, *.safetensors, tokenizer.model) -> VLM. place: what makes arrays into
-  tensors, see examples/shard.py. Raises Fault."""
+  tensors, see examples/shard.py; adapter: a folder, see examples/lora.py. Raises Fault."""
   start, folder = perf_counter(), as_path(folder)
   config = read_config(folder / "config.json")
   tokenizer = Tokenizer(folder / "tokenizer.model", config.text.vocab_size, config.image)
   device, arrays = open_device(device), read_weights(folder)
-  model = VLM(assemble(config, arrays, device, place), config, tokenizer, device, place)
+  net = assemble(config, arrays, device, place)
+  if adapter and not kernels:
+    raise Fault("--adapter needs the folder examples/ beside vlm.py")
+  if adapter:
+    beside("lora").attach(net, adapter, place, device)
+  model = VLM(net, config, tokenizer, device, place)
   model.folder, model.arrays = folder, arrays  # a tensor over borrowed memory does not keep it alive
   model.timings["load_s"] = perf_counter() - start
   return model
@@ -730,8 +732,7 @@ def train(folder, samples, steps, device):
   tokenizer = learn_characters(samples, folder)
   vision, text = TOY.vision, replace(TOY.text, vocab_size=tokenizer.image + 1)
   pixels = np.concatenate([to_pixels(picture, vision.image_size) for picture, *_ in samples])
-  rows = [(tokenizer.prompt(question), tokenizer.encode(answer) + [tokenizer.eos])
-          for _, question, answer in samples]
+  rows = [(tokenizer.prompt(asked), tokenizer.encode(said) + [tokenizer.eos]) for _, asked, said in samples]
   longest = max(len(prompt + answer) for prompt, answer in rows)
   def batch(chosen):
     table = collate(text, vision.patches, [rows[i] for i in chosen], longest)
@@ -742,7 +743,7 @@ def train(folder, samples, steps, device):
     value = rng.standard_normal(t.shape) * math.prod(t.shape[1:]) ** -0.5  # keeps the variance of its input
     if t.ndim == 1:  # no bias, and norms that are the identity, as Gemma's are at zero
       value = np.full(t.shape, "vision" in name and "norm" in name and "weight" in name)
-    t.replace(upload(value.astype(np.float32), device)).is_param_()
+    t.replace(upload(value.astype(np.float32), device))
   optimizer = AdamW([*weights.values()])
   @TinyJit
   def step(*batch):
@@ -785,6 +786,7 @@ def program(work):
 def add_arguments(p, answers=True):
   """The options that programs share; `answers`: those of Sampling too, for programs that ask the model."""
   p.add_argument("--weights", help="a PaliGemma folder or name (default: largest in weights/)")
+  p.add_argument("--adapter", help="a folder that examples/train.py or PEFT has made")
   p.add_argument("--device", help="METAL, CUDA, CPU, ... (default: the best, or $DEV)")
   p.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
   for f in fields(Sampling) if answers else ():
@@ -801,7 +803,7 @@ def open_model(args, place=upload):
   if not terminal:
     log.info("without examples/ beside vlm.py: the same answers, but slowly, and no boxes drawn")
   log.debug(f"loading {folder}")
-  model = load(folder, args.device, place)
+  model = load(folder, args.device, place, args.adapter)
   log.info(f"{folder} answers")
   return model
 
@@ -824,9 +826,9 @@ def ask(model, args, images, prompt):
 def main(argv):
   p = (terminal or argparse).ArgumentParser(
     prog="vlm.py", usage="vlm.py [IMAGE ...] [PROMPT] [options]", allow_abbrev=False,
-    description="Ask PaliGemma about a picture; without a prompt, again and again.",
+    description="Ask PaliGemma about a picture or several; without a prompt, again and again.",
     epilog='prompts: "caption en", "answer en QUESTION", "detect A ; B", "segment A"')
-  p.add_argument("words", nargs="*", metavar="IMAGE ... PROMPT", help="pictures, and what to ask of them")
+  p.add_argument("words", nargs="*", help=argparse.SUPPRESS)  # the usage and description tell it
   p.add_argument("--json", action="store_true", help="one JSON object instead of text")
   p.add_argument("--train", action="store_true", help="a small model, on drawn shapes or IMAGE, a folder")
   p.add_argument("--steps", type=int, default=1000, help="of --train (default: %(default)s)")

@@ -349,7 +349,7 @@ def c_matmul(a, b, kind, batched):
   Z, rows, cols = math.prod(lead), math.prod(a.shape[len(lead):-1]), a.shape[-1]
   (I, K), J = (cols, rows) if kind == "tn" else (rows, cols), b.shape[-2 if kind == "nt" else -1]
   outs = {"out": empty(a, *((*lead, I, J) if kind == "tn" else (*a.shape[:-1], J)))}
-  rounded = b.dtype in (dtypes.uint16, dtypes.int8, dtypes.uint8) and not PORTABLE
+  rounded = kind == "nt" and b.dtype in (dtypes.uint16, dtypes.int8, dtypes.uint8) and not PORTABLE
   if rounded:  # a in bfloat16, once for each core
     outs["scratch"] = empty(a, CPU_COUNT.value, I, -(-K // 32) * 16 + 16, dtype=dtypes.int32)
   defines = {"MATMUL": 1, "BATCH": Z, "I": I, "J": J, "K": K, "BITS": bits, "ROUNDED": int(rounded),
@@ -359,7 +359,7 @@ def c_matmul(a, b, kind, batched):
   def backward(grad, call):
     d, a, b, *scale = Tensor(grad), *map(Tensor, call.src[1 + len(outs):])
     if bits < 32:
-      weight = Packed(b, *scale, (J, K)).float() if scale else to_float32(b)
+      weight = Packed(b, *scale, (J, K)) if scale else b  # as it is: in float32 an embedding has gigabytes
       return *[None] * len(outs), c_matmul(d, weight, "nn", False).uop, *[None] * (1 + len(scale))
     ways = {"nt": ((d, b, "nn"), (d, a, "tn")), "nn": ((d, b, "nt"), (a, d, "tn")),
             "tn": ((b, d, "nt"), (a, d, "nn"))}
@@ -550,8 +550,8 @@ def owned_by(function):
 
 def kept_file(function, shaped_by, owned):
   """-> the file of a program, which depends on the function and all that it calls, on what else shaped it
-  (the device first), on the tensors that it owns by their shape and type, on this file, the compiler and the
-  processor. None for several devices: their buffers are not stored."""
+  (the device first), on the tensors that it owns by their shape and type, on this file and lora.py, the compiler and
+  the processor. None for several devices: their buffers are not stored."""
   device, *_ = shaped_by
   if not KEPT or isinstance(device, tuple):
     return None
@@ -560,7 +560,7 @@ def kept_file(function, shaped_by, owned):
   known = hashlib.sha256()
   for part in (code_of(function), shaped_by, PORTABLE, tensors, type(renderer), machine):
     known.update(repr(part).encode())
-  for source in ("fast.c", "fast.py"):
+  for source in ("fast.c", "fast.py", "lora.py"):
     known.update(Path(__file__).with_name(source).read_bytes())
   known.update(importlib.metadata.version("tinygrad").encode())
   return CACHE / f"{known.hexdigest()[:32]}.program"

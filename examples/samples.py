@@ -9,9 +9,9 @@ QUESTION = "caption en"  # where only the answer is given
 
 
 def read(folder):
-  """[(path of a picture, question, answer)] of a folder with a data.jsonl, whose lines are {"image": file, "prefix":
-  question, "suffix": answer}, or with a captions.csv of image and caption, or with one subfolder for each label.
-  Raises Fault, which names the first bad line."""
+  """[(path of a picture, question, answer)] of a folder with a data.jsonl, whose lines are {"image": file,
+  "prefix": question, "suffix": answer}, or with a captions.csv of image and caption, or with a *.json of COCO's
+  detections, or with one subfolder for each label. Raises Fault, which names the first bad line."""
   folder = Path(folder)
   lines, table = folder / "data.jsonl", folder / "captions.csv"
   if not folder.is_dir():
@@ -20,12 +20,14 @@ def read(folder):
     found = from_lines(lines)
   elif table.exists():
     found = from_table(table)
+  elif coco := sorted(folder.glob("*.json")):
+    found = from_coco(coco[0])
   else:
     found = [(path, QUESTION, path.parent.name) for path in sorted(folder.glob("*/*"))
              if path.is_file() and not path.name.startswith(".")]
   if len(found) < 10:
-    raise Fault(f"{folder}: {len(found)} pictures with a text; at least 10 are needed, in a data.jsonl, a captions.csv "
-                "or one subfolder for each label")
+    raise Fault(f"{folder}: {len(found)} pictures with a text; at least 10 are needed, in a data.jsonl, a "
+                "captions.csv, a COCO *.json or one subfolder for each label")
   return found
 
 
@@ -62,6 +64,53 @@ def from_table(path):
   except csv.Error as e:
     raise Fault(f"{path}: {e}") from None
   return found
+
+
+def from_coco(path):
+  """COCO's detections: {"images": [{"id", "file_name", "width", "height"}], "categories": [{"id", "name"}],
+  "annotations": [{"image_id", "category_id", "bbox": [x, y, width, height]}]} -> for each picture a question
+  for all that is on it, answered with its boxes, from left to right within a name."""
+  found = []
+  try:
+    content = json.loads(read_text(path))
+    names = {entry["id"]: entry["name"] + "" for entry in content["categories"]}
+    boxes = {}
+    for number, entry in enumerate(content["annotations"], 1):
+      try:
+        x, y, w, h = map(float, entry["bbox"])
+        if not (w > 0 and h > 0 and entry.get("iscrowd", 0) in (0, 1)):
+          raise ValueError
+        if not entry.get("iscrowd"):
+          boxes.setdefault(entry["image_id"], []).append((names[entry["category_id"]], x, y, x + w, y + h))
+      except (ValueError, KeyError, TypeError):
+        raise Fault(f"{path}, annotation {number}: needs image_id, category_id and bbox, [x, y, width, height]"
+                    ) from None
+    for number, image in enumerate(content["images"], 1):
+      size = image["width"], image["height"]
+      there = sorted(boxes.get(image["id"], []))
+      asked = list(dict.fromkeys(name for name, *_ in there))
+      if there:
+        answer = " ; ".join(f"{locations(box, *size)} {name}" for name, *box in there)
+        found.append((picture_of(path.parent, image["file_name"]), f"detect {' ; '.join(asked)}", answer))
+        try:
+          checked(found[-1])
+        except Fault as e:
+          raise Fault(f"{path}, image {number}: {e}") from None
+  except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RecursionError):
+    raise Fault(f"{path}: needs images, annotations and categories, as COCO's detections have them") from None
+  return found
+
+
+def picture_of(folder, name):
+  """A picture's path: beside the JSON file, or in images/ there."""
+  return folder / name if is_file(folder / name) else folder / "images" / name
+
+
+def locations(box, width, height):
+  """(x1, y1, x2, y2) in pixels -> "<locY1><locX1><locY2><locX2>", 1023rds of the picture's sides."""
+  x1, y1, x2, y2 = box
+  values = y1 / height, x1 / width, y2 / height, x2 / width
+  return "".join(f"<loc{min(max(round(value * 1023), 0), 1023):04d}>" for value in values)
 
 
 def is_file(path):

@@ -53,7 +53,7 @@ def arguments(*argv):
 
 def toy(folder, part="all"):
   """-> a model from random weights, its trainer, rows and pixels of a batch."""
-  args = arguments("--save", folder, "--batch", ROWS, "--steps", 8, "--train-only", part)
+  args = arguments("--save", folder, "--batch", ROWS, "--steps", 8, "--part", part)
   job = train.Run(args)
   return job.model, job.trainer, *job.data.batch(0)
 
@@ -343,7 +343,7 @@ def test_a_checkpoint_is_never_trained_over(refused, tmp_path):
 
 def test_options(refused, tmp_path):
   for option, value in (("--steps", 0), ("--steps", -1), ("--batch", 0), ("--lr", 0), ("--lr", "nan"),
-                        ("--lr", "inf"), ("--lr", -1), ("--steps", "x"), ("--train-only", "vision")):
+                        ("--lr", "inf"), ("--lr", -1), ("--steps", "x"), ("--part", "vision")):
     assert option in refused("--save", tmp_path / "no", option, value)
   assert "--init" in refused(tmp_path, "--save", tmp_path / "no")
   assert "no such folder" in refused("--init", tmp_path / "nothing", "--save", tmp_path / "no")
@@ -493,7 +493,7 @@ def test_fine_tuning(data, tmp_path, monkeypatch, capsys):
   (data / "data.jsonl").open("a").write("oops")
   save = tmp_path / "tuned"
   argv = [str(data), "--init", str(tmp_path / "half"), "--save", str(save), "--steps", "2", "--batch", "2",
-          "--train-only", "attention", "--skip-bad"]
+          "--part", "attention", "--skip-bad"]
   assert train.main(argv) == 0
   err = capsys.readouterr().err
   assert "4 lines, 1 bad ones left out" in err and "step 2: loss" in err and "'caption en': 'picture" in err

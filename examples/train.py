@@ -1,11 +1,14 @@
 """Training: the toy world from random weights, or a folder of pictures on top of a checkpoint.
 
     python examples/train.py
-    python examples/train.py DATA --init weights/paligemma-3b-pt-224 --train-only attention --lr 1e-5
+    python examples/train.py DATA --init weights/paligemma-3b-pt-224
+    python examples/train.py DATA --init weights/paligemma-3b-pt-224 --part attention
+    python examples/train.py DATA --eval --weights weights/paligemma-3b-pt-224 --adapter OUT
+    python examples/train.py --merge OUT --init weights/paligemma-3b-pt-224 --save weights/merged
 
 A data folder holds pictures and a data.jsonl with lines {"image": file, "prefix": question, "suffix":
-answer}, the format of PaliGemma's own fine-tunes. A run's folder (--save) is a complete PaliGemma folder,
-plus training.state (what --resume needs), loss.csv and loss.png.
+answer}, the format of PaliGemma's own fine-tunes. A run's folder (--save) is a complete PaliGemma folder, or
+with --part lora an adapter, see lora.py; and training.state (what --resume needs), loss.csv and loss.png.
 """
 import functools
 import io
@@ -18,6 +21,7 @@ import signal
 import sys
 import time
 import weakref
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,9 +31,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from tinygrad import Tensor, TinyJit, dtypes, nn
 from tinygrad.nn.state import get_state_dict
-import codebook
+import by_layer
 import checkpoint
+import codebook
 import samples
+import score
 import shapes
 from tokenizer import CODES, LOC, Tokenizer, regular
 from vlm import Fault
@@ -41,6 +47,9 @@ except ImportError:  # Windows: nobody keeps two runs from writing to one folder
 
 ROOT = Path(vlm.__file__).resolve().parent  # where weights/ is
 REPORTS = 40   # times in a run: held-out loss, a sample answer, a checkpoint
+LARGE = 500_000_000  # weights: from there on LoRA, layer by layer, and few reports are the defaults
+lora = vlm.beside("lora")
+KNOWN = 8      # held-out questions of a data folder that a report asks
 QUESTIONS = 4  # about a toy picture at once: SigLIP runs once for all, and what is asked has to be heeded
 TOY = {
   "model_type": "paligemma", "architectures": ["PaliGemmaForConditionalGeneration"], "dtype": "float32",
@@ -86,8 +95,9 @@ def waves(position, width, most):
   angle = position[:, None] * np.pi * np.geomspace(1, most, width // 2)
   return np.concatenate([np.sin(angle), np.cos(angle)], 1)
 
-# --train-only: which weights move; attention is big_vision's own recipe
-PARTS = {"all": "", "projector": r"multi_modal_projector\.", "attention": r"language_model.*self_attn\.",
+# --part: which weights move; attention is big_vision's own recipe
+PARTS = {"lora": r".*\.lora_[AB]\.", "all": "",
+         "projector": r"multi_modal_projector\.", "attention": r"language_model.*self_attn\.",
          "language": r"language_model\.", "decoder": r"(multi_modal_projector|language_model)\."}
 
 class Trainer:
@@ -110,11 +120,21 @@ class Trainer:
     # Memory of its own: the optimiser's would be born, and zero, in every replay.
     for t in self.state().values():
       t.replace(t.contiguous().realize())
-    weights, optimizers = list(self.weights.values()), [optimizer for _, optimizer in self.optimizers]
-    batch_loss = functools.partial(vlm.loss, net)
-    def update(*batch):
+    self.compile()
+
+  def compile(self):
+    batch_loss, update = functools.partial(vlm.loss, self.net), self.update()
+    weights = [*self.weights.values()]
+    def step(*batch):
       value = batch_loss(*batch)
-      gradients = value.gradient(*weights)
+      return update(value, value.gradient(*weights))
+    self.step_jit, self.loss_jit = TinyJit(step), TinyJit(batch_loss)  # neither holds self: see VLM._run
+    self.step_jit.cnt = self.loss_jit.cnt = 1
+
+  def update(self):
+    """-> a function of the loss and the gradients of all `weights`, which changes these."""
+    weights, optimizers = list(self.weights.values()), [optimizer for _, optimizer in self.optimizers]
+    def update(value, gradients):
       norm = Tensor.stack(*[g.square().sum() for g in gradients]).sum().sqrt()
       clip = (1 / (norm + 1e-6)).minimum(1).contiguous()  # to a norm of 1
       for t, g in zip(weights, gradients):
@@ -122,21 +142,24 @@ class Trainer:
       # Beyond infinity the weights are lost, which the loss itself would show a step later.
       value = (norm < math.inf).where(value, math.nan)
       return value.realize(*[t for optimizer in optimizers for t in optimizer.schedule_step()])
-    self.step_jit, self.loss_jit = TinyJit(update), TinyJit(batch_loss)  # neither holds self: see VLM._run
-    self.step_jit.cnt = self.loss_jit.cnt = 1
+    return update
 
   def batch(self, rows, pixels, T):
     """rows: B pairs of ids (prefix, answer with its eos), pixels (G, 3, S, S), T text positions -> inputs of
     `step`."""
-    device, sequence = self.optimizers[0][1].device, vlm.collate(self.config.text, self.config.vision.patches, rows, T)
+    device = self.optimizers[0][1].device
+    sequence = vlm.collate(self.config.text, self.config.vision.patches, rows, T)
     return [vlm.upload(t, device) for t in (pixels, *sequence)]
 
   def step(self, batch, lr):
     """One update -> the loss before it."""
-    for rate, optimizer in self.optimizers:
-      optimizer.lr.assign(Tensor([lr * rate], device=optimizer.device)).realize()
+    self.set_rate(lr)
     with Tensor.train():
       return self.step_jit(*batch).item()
+
+  def set_rate(self, lr):
+    for rate, optimizer in self.optimizers:
+      optimizer.lr.assign(Tensor([lr * rate], device=optimizer.device)).realize()
 
   def state(self):
     """All that the next step depends on, by name: weights, optimiser. Frozen weights are not in it."""
@@ -148,6 +171,33 @@ class Trainer:
 
   def loss(self, batch):
     return self.loss_jit(*batch).item()
+
+class LayerTrainer(Trainer):
+  """The same by gradients of one layer at a time, of several batches an update: less memory, more time."""
+  def compile(self):
+    self.layers, update = by_layer.Layers(self.net, self.config, set(self.weights)), self.update()
+    self.update_jit = TinyJit(lambda value, *gradients: update(value, gradients))
+    self.update_jit.cnt = 1
+
+  def step(self, batch, lr, more=()):
+    """One update from a batch and others -> the loss before it, the mean of all their answers' tokens."""
+    self.set_rate(lr)
+    batches = [batch, *more]
+    total = {name: np.zeros(t.shape, np.float32) for name, t in self.weights.items()}
+    tokens = [int((batch[2].numpy() >= 0).sum()) for batch in batches]  # whose mean each loss is
+    value = 0.0
+    for batch, n in zip(batches, tokens):
+      loss, gradients = self.layers.gradients(batch)
+      value += loss * n / sum(tokens)
+      for name, g in gradients.items():
+        total[name] += g * np.float32(n / sum(tokens))
+    device = self.optimizers[0][1].device
+    inputs = [vlm.upload(a, device) for a in (np.full((), value, np.float32), *total.values())]
+    with Tensor.train():
+      return self.update_jit(*inputs).item()
+
+  def loss(self, batch):
+    return self.layers.loss(batch)
 
 class Toy:
   """Scenes drawn as they are needed: batch i is always the same. With `grow` the first sixth of the steps
@@ -177,6 +227,9 @@ class Toy:
   def sample(self, i):
     """-> picture, prefix, suffix of a held-out question."""
     return shapes.example(shapes.VALID_SEED, i)
+
+  def known(self):
+    return []  # shapes.py --eval tells more
 
 def tokenize(tokenizer, prefix, suffix):
   """-> ids of the prompt, ids of the answer with the end of the sequence."""
@@ -222,7 +275,7 @@ class Folder:
       raise Fault(f"{path} has no usable line" + (f"; {bad[0]}" if bad else ""))
     self.found = f"{folder}: {len(examples)} lines" + (f", {len(bad)} bad ones left out" if bad else "")
     self.text = -(-max(sum(map(len, ids)) for _, ids, _ in examples) // 8) * 8
-    self.examples = [e for i, e in enumerate(examples) if i % 20 != 19]
+    self.all, self.examples = examples, [e for i, e in enumerate(examples) if i % 20 != 19]
     self.held = examples[19::20] or examples[:1]  # of fewer than 20 lines none can be spared
 
   def check(self, line, tokenizer):
@@ -263,6 +316,10 @@ class Folder:
     path, _, question = self.held[i % len(self.held)]
     return vlm.open_image(path), *question
 
+  def known(self):
+    """-> [(picture, prefix, suffix)], a few held-out questions: an answer may take seconds."""
+    return [(path, *question) for path, _, question in self.held[:KNOWN]]
+
 class Run:
   """A training run and its folder. All files are written whole or not at all, the state (weights and
   optimiser) as one: a kill at any moment leaves a checkpoint that answers and a state that --resume continues
@@ -281,14 +338,23 @@ class Run:
                     if "safetensors" in file.name else f"{file} would be lost; choose another --save")
     if args.data and not (args.init or args.resume):
       raise Fault("a data folder needs --init: which checkpoint to start from")
-    if args.resume:
-      source = self.folder
-    else:
-      source = vlm.terminal.find_weights(args.init, ROOT) if args.init is not None else None
+    if args.part == "lora" and not (args.init or args.resume):
+      raise Fault("--part lora needs --init: which checkpoint is adapted")
+    init, self.adapts = self.folder if args.resume else args.init, False
+    if args.resume and (self.folder / lora.CONFIG).exists():
+      init, args.part = lora.read_config(self.folder).get("base_model_name_or_path"), args.part or "lora"
+      if args.init not in (None, init):
+        raise Fault(f"this run was started with --init {init}; resume with that")
+    source = vlm.terminal.find_weights(init, ROOT) if init is not None else None
+    if source:
+      vlm.log.debug(f"loading {source}")
     self.model = vlm.load(source, args.device) if source else self.prepare_toy()
     net, config, tokenizer = self.model.net, self.model.config, self.model.tokenizer
-    if any(t.dtype in (dtypes.int8, dtypes.uint8) for t in get_state_dict(net).values()):
-      raise Fault(f"{source} is quantised, and training needs finer steps; start from what it was made of")
+    settle(args, sum(t.numel() for t in get_state_dict(vlm.PaliGemma(config)).values()))
+    self.adapts = args.part == "lora"  # and so only an adapter is written
+    if not self.adapts and any(t.dtype in (dtypes.int8, dtypes.uint8) for t in get_state_dict(net).values()):
+      raise Fault(f"{source} is quantised, which only --part lora can train; or start from what it was made "
+                  "of")
     if args.data:
       self.data = Folder(args.data, tokenizer, config, args.batch, args.skip_bad)
       vlm.log.info(self.data.found)
@@ -296,13 +362,23 @@ class Run:
       codes = source / vlm.beside("draw").NAME if source else None
       codes = functools.partial(codebook.tokens, codes) if codes and codes.exists() else None
       self.data = Toy(tokenizer, config, args.batch, args.steps, not args.init, codes)
+    if self.adapts:
+      place = functools.partial(vlm.upload, device=self.model.device)
+      names = {re.sub(r"\.weight(\.data)?$", "", n) for n in get_state_dict(net)}
+      names = sorted(n for n in names if re.fullmatch(lora.pattern(args.vision), n))
+      lora.create(net, names, args.rank, args.alpha, place)
+    need = memory(net, config, args, self.data.text)
+    vlm.log.info(f"{args.part}: {need.trained / 1e6:.3g} million weights are trained; memory: {need.told}")
+    check_memory(need, args, source)
     if source:
       self.prepare_folder(source)
     self.types = {n: t.dtype for n, t in get_state_dict(net).items()}  # a checkpoint keeps its number types
-    self.trainer, self.done, self.saved, self.stop = Trainer(net, config, args.train_only), 0, 0, False
+    kind = LayerTrainer if args.by_layer else Trainer
+    self.trainer, self.done, self.saved, self.stop = kind(net, config, args.part), 0, 0, False
     self.history, self.losses = [], []  # rows of loss.csv, losses since the last of them
-    self.settings = {key: getattr(args, key) for key in ("data", "steps", "batch", "lr", "train_only")}
-    weights = sum(t.numel() * self.types[n].itemsize for n, t in get_state_dict(net).items())
+    self.settings = {key: getattr(args, key) for key in SETTINGS}
+    saved = self.trainer.weights if self.adapts else get_state_dict(net)
+    weights = sum(t.numel() * self.types[n].itemsize for n, t in saved.items())
     state = 12 * sum(t.numel() for t in self.trainer.weights.values())
     # An old file stays until its new one is whole.
     need = max(weights, state) + (0 if args.resume else weights + state)
@@ -327,12 +403,8 @@ class Run:
     try:
       self.folder.mkdir(parents=True, exist_ok=True)
       self.lock()
-      config = json.loads((source / "config.json").read_text()) if source else TOY
-      if self.args.init and self.args.data:
-        config.pop("note", None)  # it says what the weights were
-      small = {"config.json": json.dumps(config, indent=1).encode(), "tokenizer.model":
-               (source / "tokenizer.model").read_bytes() if source else shapes.tokenizer_model()}
-      if source and (source / checkpoint.MASKS).exists():
+      small = self.small_files(source)
+      if source and not self.adapts and (source / checkpoint.MASKS).exists():
         small[checkpoint.MASKS] = regular(source / checkpoint.MASKS).read_bytes()
       for path in [self.folder / name for name in small]:  # those of a run that was killed early are the same
         if not self.args.resume and os.path.lexists(path) and path.read_bytes() != small[path.name]:
@@ -341,6 +413,17 @@ class Run:
         checkpoint.write_file(self.folder / name, [data])
     except OSError as e:
       raise Fault(f"{self.folder}: {e.strerror or e}; choose another --save", code=1) from None
+
+  def small_files(self, source):
+    """-> {name: bytes} of what does not change while the weights are trained."""
+    if self.adapts:
+      config = lora.config(self.args.rank, self.args.alpha, self.args.vision, self.args.init or source)
+      return {lora.CONFIG: json.dumps(config, indent=1).encode()}
+    config = json.loads((source / "config.json").read_text()) if source else TOY
+    if self.args.init and self.args.data:
+      config.pop("note", None)  # it says what the weights were
+    tokenizer = (source / "tokenizer.model").read_bytes() if source else shapes.tokenizer_model()
+    return {"config.json": json.dumps(config, indent=1).encode(), "tokenizer.model": tokenizer}
 
   def lock(self):
     """One run in a folder at a time: the folder itself is locked, until this process ends. Raises Fault."""
@@ -376,15 +459,19 @@ class Run:
                   "--save") from None
 
   def save(self):
-    """model.safetensors, then the state; the names are those of hub files."""
-    weights = {checkpoint.hub_name(n): (t, self.types[n]) for n, t in get_state_dict(self.model.net).items()}
+    """model.safetensors, or the adapter, then the state; the names are those of hub files."""
+    if self.adapts:
+      file = lora.WEIGHTS
+      weights = {lora.PREFIX + n: (t, dtypes.float32) for n, t in self.trainer.weights.items()}
+    else:
+      file, weights = "model.safetensors", {
+        checkpoint.hub_name(n): (t, self.types[n]) for n, t in get_state_dict(self.model.net).items()}
     state = {n: (t, dtypes.float32) for n, t in self.trainer.state().items()}
     run = {"settings": self.settings, "step": self.done, "history": self.history, "losses": self.losses,
            "stage": getattr(self.data, "stage", None)}
     table = [("step", "loss", "held_out_loss"), *self.history]
     try:
-      pieces = checkpoint.safetensors(weights)
-      checkpoint.write_file(self.folder / "model.safetensors", pieces)
+      checkpoint.write_file(self.folder / file, checkpoint.safetensors(weights))
       checkpoint.write_file(self.state, checkpoint.safetensors(state, metadata={"run": json.dumps(run)}))
       self.saved = self.done
       lines = [f"{','.join(map(str, row))}\n".encode() for row in table]
@@ -415,17 +502,20 @@ class Run:
     """All steps that are left, or those until Ctrl-C."""
     args, patches = self.args, self.model.config.vision.patches
     held_out = self.trainer.batch(*self.data.held_out(), self.data.text)
-    every, start, first, tokens = max(1, args.steps // REPORTS), time.perf_counter(), self.done, 0
+    every, start, first, tokens = -(-args.steps // args.reports), time.perf_counter(), self.done, 0
+    def batches(step):
+      return [self.data.batch(step * args.accumulate + i) for i in range(args.accumulate)]
     with ThreadPoolExecutor(1) as pool:  # the next pictures are drawn or read while these are computed
-      ahead = pool.submit(self.data.batch, self.done)
+      ahead = pool.submit(batches, self.done)
       while self.done < args.steps and not self.stop:
-        rows, pixels = ahead.result()
-        ahead = pool.submit(self.data.batch, self.done + 1)
-        inputs = self.trainer.batch(rows, pixels, self.data.text)
-        value = self.check(self.trainer.step(inputs, self.learning_rate(self.done)))
+        found = ahead.result()
+        ahead = pool.submit(batches, self.done + 1)
+        inputs = [self.trainer.batch(rows, pixels, self.data.text) for rows, pixels in found]
+        more = [inputs[1:]] if args.by_layer else []
+        value = self.check(self.trainer.step(inputs[0], self.learning_rate(self.done), *more))
         self.done += 1
         self.losses.append(value)
-        tokens += sum(patches + len(prefix) + len(answer) for prefix, answer in rows)
+        tokens += sum(patches + len(prefix) + len(answer) for rows, _ in found for prefix, answer in rows)
         spent = time.perf_counter() - start
         left = spent / (self.done - first) * (args.steps - self.done)
         speed = f"{tokens / spent:.0f} tokens/s"
@@ -455,6 +545,128 @@ class Run:
     [answer] = model.generate([image], [prefix], max_tokens=min(self.data.text, room))
     vlm.log.info(f"step {step}: loss {loss:.3f}, held out {held_out:.3f}\n"
                  f"  {prefix!r}: {suffix!r}, model: {answer.text!r}")
+    if known := self.data.known():
+      vlm.log.info(f"  held out: {score.summary([*score.ask(model, known, min(self.data.text, room))])}")
+
+# what a run depends on
+SETTINGS = "data", "steps", "batch", "accumulate", "lr", "part", "rank", "alpha", "vision"
+
+def merge(adapter, source, folder):
+  """An adapter and the folder of 16- or 32-bit weights it is for -> a new folder of the same number types.
+  Raises Fault."""
+  pairs, scale, replaced = lora.read(adapter)
+  arrays = vlm.read_weights(source)
+  if any(array.itemsize == 1 for array in arrays.values()):
+    raise Fault(f"{source} is quantised; merge with the weights it was made of, and quantise what comes out")
+  lora.check_shapes(adapter, pairs, replaced, {n: array.shape for n, array in arrays.items()})
+
+  def merged(array, a, b):
+    """As float32, which checkpoint.safetensors rounds to the type of the array."""
+    if array.dtype == np.uint16:
+      array = (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float32) + np.float32(scale) * (b @ a)
+  tensors = {n: checkpoint.Later.of(array) for n, array in arrays.items()}
+  for name, (a, b) in pairs.items():
+    array = arrays[f"{name}.weight"]
+    make = functools.partial(merged, array, a, b)
+    tensors[f"{name}.weight"] = checkpoint.Later(array.shape, array.dtype, make)
+  for name, new in replaced.items():
+    array = arrays[name]
+    tensors[name] = checkpoint.Later(array.shape, array.dtype, lambda new=new: new)
+  config = json.loads((source / "config.json").read_text())
+  config.pop("note", None)  # it says what the weights were
+  checkpoint.write(folder, config, source / "tokenizer.model", tensors)
+
+def evaluate(args):
+  """--eval: how good the answers to the questions of a data folder are, as a line on stdout and a picture of
+  the worst ones."""
+  out, draw = Path(args.worst), vlm.beside("draw")
+  draw.check_output(out, [])
+  if os.path.lexists(out) and not draw.is_ours(out):
+    raise Fault(f"{out} is there already, and would be lost; name another file with --worst")
+  model = vlm.open_model(args)
+  data = Folder(args.data, model.tokenizer, model.config, 1, args.skip_bad)
+  vlm.log.info(data.found)
+  examples, results = [(path, *question) for path, _, question in data.all], []
+  for done, found in enumerate(score.ask(model, examples, data.text), 1):
+    results.append(found)
+    vlm.terminal.bar(done, len(examples), f"questions asked, {score.summary(results)}")
+  vlm.log.debug("")
+  draw.save_picture(score.worst(results), out, [])
+  print(score.summary(results))
+  vlm.log.info(f"the worst {min(len(results), score.WORST)} answers: {out}")
+
+RATES = {"lora": 2e-4, "projector": 1e-4}  # of a large checkpoint; of all other parts big_vision's 1e-5
+
+def settle(args, weights):
+  """What was not given of a run, by how many weights the model has. A checkpoint that knows something is
+  easily wrecked by the rate that a toy needs."""
+  large = weights > LARGE
+  args.part = args.part or ("lora" if large else "all")
+  small_batch = large or args.part == "lora"
+  defaults = {"batch": 1 if large else 32, "accumulate": 8 if large else 1,
+              "lr": RATES.get(args.part, 1e-5) if small_batch else 1e-3,
+              "reports": 5 if small_batch else REPORTS,
+              "steps": 24000 if not args.data else 500 if large else 2000}
+  for name, value in defaults.items():
+    if getattr(args, name) is None:
+      setattr(args, name, value)
+  args.reports = min(args.reports, args.steps)
+  args.by_layer = small_batch or args.accumulate > 1
+  if args.part != "lora" and args.given & {"--rank", "--alpha", "--vision"}:
+    raise Fault("--rank, --alpha and --vision go with --part lora")
+
+Memory = namedtuple("Memory", "total weights trained told")
+
+def memory(net, config, args, text):
+  """Bytes that a run is going to take, of which the weights; how many weights move; the same in words."""
+  v, t, weights = config.vision, config.text, get_state_dict(net)
+  trained = sum(w.numel() for n, w in weights.items() if re.match(PARTS[args.part], n))
+  frozen = sum(w.nbytes() for n, w in weights.items() if not re.match(PARTS[args.part], n))
+  rows, positions = args.batch, v.patches + text
+  layer = rows * positions * (8 * t.intermediate_size + 12 * t.hidden_size
+                              + 5 * t.num_attention_heads * (positions + t.head_dim))
+  head = 4 * rows * text * t.vocab_size
+  kept = rows * t.num_hidden_layers * positions * t.hidden_size
+  kept += rows * v.num_hidden_layers * v.patches * v.hidden_size
+  if not args.by_layer:
+    layer *= t.num_hidden_layers
+  activations, optimizer = 4 * (layer + head + kept), 4 * 5 * trained
+  parts = {"weights": frozen + 4 * trained, "optimiser": optimizer, "activations": activations,
+           "programs": PROCESS}
+  total = sum(parts.values())
+  listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+  told = f"{total / 1e9:.1f} GB ({listed})"
+  return Memory(total, frozen, trained, told)
+
+PROCESS = 600_000_000  # bytes of Python, tinygrad and compiled programs
+
+def check_memory(need, args, source):
+  """Raises Fault if the machine has less, with what would fit."""
+  room = available()
+  if not room or need.total <= room:
+    return
+  advice = []
+  if args.part != "lora":
+    advice.append("--part lora")
+  if args.batch > 1:
+    advice.append(f"--batch 1 --accumulate {args.batch * args.accumulate}")
+  if need.weights > room / 2 and args.part == "lora":
+    half, quarter = (need.total - need.weights * share for share in (0.5, 0.6))
+    advice.append(f"weights in 8 or 4 bits, about {half / 1e9:.1f} or {quarter / 1e9:.1f} GB: "
+                  f"python examples/quantize.py {source} PACKED --bits 8")
+  raise Fault(f"this run takes {need.told}, and {room / 1e9:.1f} GB are free; less take: "
+              f"{', or '.join(advice) or 'a smaller checkpoint'}", code=1)
+
+def available():
+  """Bytes of memory that a new program can have, None where the system does not say."""
+  try:
+    return int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+  except (OSError, TypeError):
+    try:
+      return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+      return None
 
 def arguments(argv):
   """-> the options on a command line, checked. Raises Fault."""
@@ -462,22 +674,49 @@ def arguments(argv):
                  description="Train the toy world from random weights, or pictures on top of a checkpoint.")
   p.add_argument("data", nargs="?", default="", metavar="DATA",
                  help="a folder with data.jsonl; none: the toy world")
+  p.add_argument("--eval", action="store_true", help="how good are the answers of --weights to DATA?")
+  p.add_argument("--weights", metavar="DIR", help="of --eval (default: largest in weights/)")
+  p.add_argument("--adapter", metavar="DIR", help="of --eval")
+  p.add_argument("--worst", metavar="FILE", default="worst.png",
+                 help="of --eval: a picture of the ten worst answers (default: %(default)s)")
+  p.add_argument("--merge", metavar="ADAPTER", help="an adapter and --init become one folder, --save")
   p.add_argument("--init", metavar="DIR", help="checkpoint to start from (default: random weights)")
   p.add_argument("--save", metavar="DIR", help="where it goes (default: weights/trained)")
-  p.add_argument("--steps", type=int, metavar="N", help="how many (default: 24000, of a data folder 2000)")
-  p.add_argument("--batch", type=int, default=32, metavar="N", help="questions a step (default %(default)s)")
-  p.add_argument("--lr", type=float, default=1e-3, metavar="R", help="highest rate (default %(default)s)")
-  p.add_argument("--train-only", default="all", choices=PARTS, help="freeze the rest")
+  p.add_argument("--part", choices=PARTS,
+                 help="what moves (default: lora from half a billion weights on, else all)")
+  p.add_argument("--rank", type=int, default=8, metavar="N", help="of --part lora (default %(default)s)")
+  p.add_argument("--alpha", type=float, default=16, metavar="X", help="of --part lora (default %(default)s)")
+  p.add_argument("--vision", action="store_true", help="--part lora adapts SigLIP, too")
+  p.add_argument("--steps", type=int, metavar="N",
+                 help="how many (default: 24000, of a data folder 2000, of a large checkpoint 500)")
+  p.add_argument("--batch", type=int, metavar="N", help="questions at a time (default: 32, of a large one 1)")
+  p.add_argument("--accumulate", type=int, metavar="N", help="batches a step (default: 1, of a large one 8)")
+  p.add_argument("--lr", type=float, metavar="R",
+                 help="highest (default: 1e-3; lora 2e-4; other parts of a large one 1e-5, projector 1e-4)")
+  p.add_argument("--reports", type=int, metavar="N",
+                 help="how often a sample is shown and all is saved (default: 40, of a large one 5)")
   p.add_argument("--resume", action="store_true", help="go on with the run in --save")
   p.add_argument("--skip-bad", action="store_true", help="leave out bad lines of data.jsonl")
   p.add_argument("--device", metavar="DEV", help="METAL, CUDA, CPU, ... (default: the best, or $DEV)")
   p.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
   args = p.parse_args(argv)
+  shared = {"--device", "--quiet"}
+  if args.merge is not None and (args.data or args.given - shared != {"--merge", "--init", "--save"}):
+    raise Fault("--merge ADAPTER goes with --init DIR and --save DIR, and with nothing else")
+  evaluating = {"--eval", "--weights", "--adapter", "--worst", "--skip-bad"}
+  if args.eval and (not args.data or args.given - evaluating - shared):
+    raise Fault("--eval takes a data folder, --weights, --adapter, --worst and --skip-bad")
+  if not args.eval and args.given & (evaluating - {"--skip-bad"}):
+    raise Fault("--weights, --adapter and --worst go with --eval; to train there are --init and --save")
   args.save = args.save or ROOT / "weights" / "trained"
-  if args.steps is None:
-    args.steps = 2000 if args.data else 24000
-  for wrong, message in ((args.steps < 1, "--steps: at least 1"), (not 1 <= args.batch <= 10_000, "--batch: at least 1, at most 10000"),
-                         (not 0 < args.lr < math.inf, "--lr: above 0"),
+  given = {name: value for name, value in vars(args).items() if value is not None}
+  for wrong, message in ((given.get("steps", 1) < 1, "--steps: at least 1"),
+                         (not 1 <= given.get("batch", 1) <= 10_000, "--batch: at least 1, at most 10000"),
+                         (not 1 <= given.get("accumulate", 1) <= 10_000, "--accumulate: from 1 to 10000"),
+                         (not 0 < given.get("lr", 1) < math.inf, "--lr: above 0"),
+                         (not 1 <= args.rank <= 1024, "--rank: at least 1, at most 1024"),
+                         (not 0 < args.alpha < 1e6, "--alpha: above 0"),
+                         (given.get("reports", 1) < 1, "--reports: at least 1"),
                          (args.skip_bad and not args.data, "--skip-bad goes with a data folder")):
     if wrong:
       raise Fault(message)
@@ -486,6 +725,12 @@ def arguments(argv):
 @vlm.program
 def main(argv):
   args = arguments(argv)
+  if args.eval:
+    return evaluate(args)
+  if args.merge is not None:
+    merge(args.merge, vlm.terminal.find_weights(args.init, ROOT), Path(args.save))
+    vlm.log.info(f"{args.save}: a whole model")
+    return 0
   job = Run(args)
   before = signal.signal(signal.SIGINT, job.interrupt)
   try:
