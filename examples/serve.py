@@ -216,7 +216,8 @@ class Question:
 class Waiting:
   """The questions that nobody answers yet."""
   def __init__(self):
-    self.questions, self.changed = [], threading.Condition()
+    self.questions, self.changed, self.idle = [], threading.Condition(), threading.Event()
+    self.asked = self.taken = 0
 
   def add(self, question):
     with self.changed:
@@ -227,13 +228,16 @@ class Waiting:
       if len(self.questions) >= WAITING:
         raise Refusal(429, f"{WAITING} questions are waiting already; try again", code="queue_full", **{"Retry-After": "1"})
       self.questions.append(question)
+      self.asked += 1
       self.changed.notify()
 
   def batch(self, context):
     """Waits -> up to eight questions with as many pictures as the first, which fit together into the context."""
     with self.changed:
       while not self.questions:
+        self.idle.set()
         self.changed.wait()
+      self.idle.clear()
       before = 0
       while before < len(self.questions) < SIZES[-1]:  # those who ask together are a moment apart
         before = len(self.questions)
@@ -244,6 +248,7 @@ class Waiting:
             and shape([*chosen, question], context)[0] >= longest([*chosen, question]):
           chosen.append(question)
       self.questions = [question for question in self.questions if question not in chosen]
+      self.taken += len(chosen)
     return chosen
 
 
@@ -445,7 +450,7 @@ class Handler(BaseHTTPRequestHandler):
   # What the base class finds wrong is said as everything else.
   def send_error(self, code, message=None, explain=None):
     status = {501: 405, 505: 400}.get(code, code)
-    self.close_connection = True
+    self.close_connection, self.request_version = True, "HTTP/1.1"  # which the request may not have named
     self.send(status, Refusal(status, message or "bad request").body)
 
   def log_message(self, *args):
