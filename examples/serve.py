@@ -165,8 +165,8 @@ class Question:
     except Fault:
       raise Refusal(400, "temperature is 0, or from 1e-6", "temperature") from None
     self.rng = np.random.default_rng(None if seed is None else seed % 2 ** 64)
-    stop = body.get("stop") or []
-    self.stop = [stop] if isinstance(stop, str) else stop
+    stop = body.get("stop")
+    self.stop = [] if stop is None else [stop] if isinstance(stop, str) else stop
     if not isinstance(self.stop, list) or len(self.stop) > 4 or not all(isinstance(s, str) and s for s in self.stop):
       raise Refusal(400, "stop is a text, or a list of up to four", "stop")
     self.pixels, sizes = zip(*(read_picture(url, param, config.vision.image_size) for url, param in urls))
@@ -216,8 +216,7 @@ class Question:
 class Waiting:
   """The questions that nobody answers yet."""
   def __init__(self):
-    self.questions, self.changed, self.idle = [], threading.Condition(), threading.Event()
-    self.asked = self.taken = 0
+    self.questions, self.changed = [], threading.Condition()
 
   def add(self, question):
     with self.changed:
@@ -228,16 +227,13 @@ class Waiting:
       if len(self.questions) >= WAITING:
         raise Refusal(429, f"{WAITING} questions are waiting already; try again", code="queue_full", **{"Retry-After": "1"})
       self.questions.append(question)
-      self.asked += 1
       self.changed.notify()
 
   def batch(self, context):
     """Waits -> up to eight questions with as many pictures as the first, which fit together into the context."""
     with self.changed:
       while not self.questions:
-        self.idle.set()
         self.changed.wait()
-      self.idle.clear()
       before = 0
       while before < len(self.questions) < SIZES[-1]:  # those who ask together are a moment apart
         before = len(self.questions)
@@ -248,7 +244,6 @@ class Waiting:
             and shape([*chosen, question], context)[0] >= longest([*chosen, question]):
           chosen.append(question)
       self.questions = [question for question in self.questions if question not in chosen]
-      self.taken += len(chosen)
     return chosen
 
 
@@ -328,7 +323,7 @@ def attention(model, row):
   if key not in model.programs:
     model.programs[key] = vlm.capture(run, model.device, key, model.config)
   maps = model.programs[key](image, ids, *rest).numpy()[0, lengths[0] - 1:sum(lengths) - 1]
-  return np.uint8(255 * maps / np.maximum(maps.max(1, keepdims=True), maps.max() / 4).clip(1e-30))
+  return np.uint8(.5 + 255 * maps / np.maximum(maps.max(1, keepdims=True), maps.max() / 4).clip(1e-30))
 
 
 def forget(model, usual):
