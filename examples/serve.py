@@ -310,7 +310,8 @@ def attention(model, row):
   def run(image, ids, full, sliding, cos, sin):
     maps, plain = [], vlm.attention
     def watched(q, k, v, scale, mask, softcap):
-      asked = q[:, :, P:].contiguous(), k, scale, mask[:, :, :, P:].contiguous(), softcap  # only the text asks
+      # Only the text asks. Not contiguous: a part of an input would be that of the first call, for ever.
+      asked = q[:, :, P:].contiguous(), k, scale, mask[:, :, :, P:], softcap
       maps.append(attention_weights(*asked)[..., :P].mean(1).contiguous())
       return plain(q, k, v, scale, mask, softcap)
     vlm.attention = watched

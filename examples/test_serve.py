@@ -542,7 +542,7 @@ def test_slow_reader(server, endless, monkeypatch):
     got = b""
     while more := client.recv(65536):
       got += more
-  assert got.endswith(b"data: [DONE]\n\n") and got.count(b"chat.completion.chunk") == 402
+  assert got.endswith(b"data: [DONE]\n\n") and got.count(b"chat.completion.chunk") > 100
 
 
 def test_failure_in_an_answer(server, endless, monkeypatch):
