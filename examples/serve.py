@@ -322,7 +322,8 @@ def attention(model, row):
     return (sum(maps) / len(maps)).contiguous()
   key = "attention", P, T
   if key not in model.programs:
-    model.programs[key] = vlm.capture(run, model.device, key, model.config)
+    source = Path(vlm.__file__).read_text()  # a program that is kept on disk is of this vlm.py
+    model.programs[key] = vlm.capture(run, model.device, key, model.config, source)
   maps = model.programs[key](image, ids, *rest).numpy()[0, lengths[0] - 1:sum(lengths) - 1]
   return np.uint8(.5 + 255 * maps / np.maximum(maps.max(1, keepdims=True), maps.max() / 4).clip(1e-30))
 

@@ -665,3 +665,141 @@ def test_live_openai_leaves(server, endless):
   steps = len(endless)
   assert client.chat.completions.create(model="toy", **question(max_tokens=2)).usage.completion_tokens == 2
   assert len(endless) == steps + 1
+
+
+@contextlib.contextmanager
+def browser(**options):
+  """-> a page of chromium, whose console has to stay without errors."""
+  playwright = needed("playwright.sync_api").sync_api
+  program = shutil.which("chromium") or shutil.which("chromium-browser")
+  if not program:
+    pytest.skip("chromium is not installed")
+  with playwright.sync_playwright() as p:
+    chromium = p.chromium.launch(executable_path=program, args=["--no-sandbox"])
+    page, wrong = chromium.new_page(**options), []
+    page.set_default_timeout(30_000)
+    page.on("console", lambda message: message.type in ("error", "warning") and wrong.append(message.text))
+    page.on("pageerror", lambda e: wrong.append(str(e)))
+    yield page
+    chromium.close()
+  assert not [text for text in wrong if "the server responded with a status of" not in text]
+
+
+def shoot(page, name):
+  if folder := os.environ.get("VLM_SHOTS"):
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=Path(folder) / f"{name}.png")
+
+
+def drop(page, path):
+  """A file of the desktop, dropped on the page."""
+  page.evaluate("""async url => {
+    const data = new DataTransfer(), blob = await (await fetch(url)).blob()
+    data.items.add(new File([blob], "dropped.png", {type: "image/png"}))
+    document.dispatchEvent(new DragEvent("drop", {dataTransfer: data, bubbles: true, cancelable: true}))
+  }""", data_url(path))
+  page.wait_for_selector("#picture[aria-label='dropped.png']")
+
+
+def pixels(page, id):
+  """What a canvas shows -> uint8 (H, W, 4)."""
+  data = page.evaluate(f"document.getElementById('{id}').toDataURL()")
+  return np.asarray(Image.open(io.BytesIO(base64.b64decode(data.partition(",")[2]))).convert("RGBA"))
+
+
+def send(page, prompt):
+  page.fill("#prompt", prompt)
+  page.press("#prompt", "Enter")
+
+
+def answered(page):
+  page.wait_for_selector("#answer span")
+  page.wait_for_selector("#stop", state="hidden")
+
+
+def serious(page):
+  """What axe-core finds that keeps people out; without it (npm installs it) the names of all that can be used."""
+  axe = next(iter(Path(os.environ.get("VLM_AXE", "/nowhere")).glob("**/axe.min.js")), None)
+  if axe:
+    page.evaluate(axe.read_text())
+    found = page.evaluate("axe.run()")["violations"]
+    return [f"{v['id']}: {v['help']}, {v['nodes'][0]['html']}" for v in found if v["impact"] in ("serious", "critical")]
+  return page.evaluate("""[...document.querySelectorAll("button, input, summary")].filter(e => e.checkVisibility() &&
+    !(e.ariaLabel || e.textContent.trim() || e.labels?.[0]?.textContent.trim())).map(e => e.outerHTML)""")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_live_page(server, scheme, tmp_path):
+  with browser(color_scheme=scheme, viewport={"width": 1180, "height": 720}, bypass_csp=True) as page:
+    page.goto(server.address)
+    page.wait_for_selector("#send:enabled")
+    assert "knows only pictures like examples/shapes.png" in page.text_content("#model")
+    shoot(page, f"{scheme}-first")
+    drop(page, PICTURES[0])
+    before = pixels(page, "picture")
+    page.click("#tasks >> text=Detect")
+    page.press("#prompt", "Enter")
+    answered(page)
+    assert page.text_content("#answer") == toy().generate([PICTURES[0]], [DETECT])[0].text
+    changed = (pixels(page, "picture") != before).any(-1)
+    for x1, y1, x2, y2 in [map(round, box["box"]) for box in ask(server)["boxes"]]:
+      edges = changed[y1, x1:x2], changed[y2, x1:x2], changed[y1:y2, x1], changed[y1:y2, x2]
+      assert min(edge.mean() for edge in edges) > .95 and changed[y1 + 9:y2 - 9, x1 + 9:x2 - 9].mean() < .2
+    page.hover("#answer span >> text=circle")
+    page.wait_for_function("getComputedStyle(document.getElementById('heat')).opacity == 1")
+    heat = pixels(page, "heat")[..., 3].astype(int)
+    assert heat.shape == (8, 8) and divmod(heat.argmin(), 8) in [(5, 4), (5, 5), (6, 4), (6, 5), (4, 4), (4, 5)]  # red circle
+    shoot(page, f"{scheme}-token")
+    page.hover("#objects button >> nth=1")
+    assert "".join(page.locator("#answer .lit").all_text_contents()).endswith("<loc1007> yellow star")
+    shoot(page, f"{scheme}-object")
+    page.focus("#answer")
+    page.press("#answer", "ArrowRight")
+    page.press("#answer", "ArrowRight")
+    assert page.locator("#answer .lit").count() == 1
+    assert serious(page) == []
+    drop(page, PICTURES[2])
+    send(page, "segment purple square")
+    answered(page)
+    page.wait_for_selector("#objects >> text=purple square")
+    shoot(page, f"{scheme}-mask")
+    image, found = pixels(page, "picture"), ask(server, "segment purple square", PICTURES[2])["boxes"][0]
+    mask = np.asarray(Image.open(io.BytesIO(base64.b64decode(found["mask"]))))
+    changed = (image[..., :3] != np.asarray(Image.open(PICTURES[2]).convert("RGB"))).any(-1)
+    assert changed[mask].mean() > .99 and changed[~mask].mean() < .15
+    for id in ("save-picture", "save-json"):
+      with page.expect_download() as saved:
+        page.click(f"#{id}")
+      saved.value.save_as(tmp_path / saved.value.suggested_filename)
+    assert json.loads((tmp_path / "dropped.json").read_text())["boxes"] == [found]
+    assert Image.open(tmp_path / "dropped.boxes.png").size == Image.open(PICTURES[2]).size
+    page.click("#earlier li:nth-child(2) button")
+    assert page.input_value("#prompt") == DETECT and "yellow star" in page.text_content("#answer")
+    page.evaluate("server => { fetch = () => Promise.reject(new TypeError()) }")
+    send(page, "caption en")
+    page.wait_for_selector("#error:visible")
+    assert "does not answer" in page.text_content("#error") and page.input_value("#prompt") == "caption en"
+    shoot(page, f"{scheme}-error")
+
+
+def test_live_page_refused_stopped_and_narrow(server, endless):
+  with browser(viewport={"width": 380, "height": 800}) as page:
+    page.goto(server.address)
+    page.wait_for_selector("#send:enabled")
+    page.click("summary")
+    page.fill("#max_tokens", "900")
+    page.fill("#top_p", "1")
+    send(page, "caption en")
+    page.wait_for_selector("#answer span:nth-child(3)")
+    page.click("#stop")
+    page.wait_for_selector("#stop", state="hidden")
+    assert page.text_content("#speed") == "stopped" and page.is_visible("#send")
+    until(lambda: server.waiting.idle)
+    assert len(endless) < 890
+    page.fill("#max_tokens", "3")
+    send(page, "caption en " * 600)
+    page.wait_for_selector("#error:visible")
+    assert "do not fit" in page.text_content("#error") and page.input_value("#prompt").startswith("caption en")
+    assert page.evaluate("document.documentElement.scrollWidth") == 380
+    shoot(page, "narrow")
+    assert page.locator("#earlier li").count() == 1
