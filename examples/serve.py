@@ -133,7 +133,7 @@ def number(body, name, kind, low, high, default=None):
 
 class Question:
   """One row of a batch: what was asked, checked, and the queue of what comes of it: ("token", id, text), ("codes", 16
-  codes, logits (64, 64)), ("end", "stop" or "length"), ("attention", uint8 (N, P)), ("error", Fault), ("left",)."""
+  codes, logits (64, 64)), ("end", "stop" or "length", seconds), ("attention", uint8 (N, P)), ("error", Fault), ("left",)."""
   def __init__(self, model, body, connection, watched):
     self.connection, self.watched = connection, watched
     odd = [key for key in body if key not in KNOWN | HARMLESS and body[key] is not None
@@ -155,7 +155,7 @@ class Question:
     room = config.text.max_position_embeddings - self.image_tokens - len(self.prompt)
     if room < 1:
       raise Refusal(400, f"{self.image_tokens} tokens of pictures and {len(self.prompt)} of text do not fit into the context "
-                    f"of {config.text.max_position_embeddings}", "messages", "context_length_exceeded")
+                    f"of {config.text.max_position_embeddings}; shorten the text, or send fewer pictures", "messages", "context_length_exceeded")
     asked = [number(body, key, int, 1, 2 ** 53) for key in ("max_completion_tokens", "max_tokens")]
     options = {"top_k": number(body, "top_k", int, 0, 2 ** 31, 0), "top_p": number(body, "top_p", float, 1e-6, 1, 1.0),
                "temperature": number(body, "temperature", float, 0, 100, 0.0)}
@@ -173,6 +173,7 @@ class Question:
     self.size = sizes[0]  # that boxes are in
     self.events, self.utf8 = queue.SimpleQueue(), codecs.getincrementaldecoder("utf-8")(errors="replace")
     self.tokens, self.held, self.codes, self.live, self.reason = [], "", (), True, None
+    self.began = None
 
   def left(self):
     """Whether who asked has gone."""
@@ -188,7 +189,7 @@ class Question:
 
   def take(self, id, tokenizer, eos):
     """The next token -> the 16 codes of a mask that it completes, or None."""
-    end = id in eos
+    end, self.began = id in eos, self.began or time.perf_counter()
     piece = b"" if end else tokenizer.piece(id)
     self.tokens += [] if end else [id]
     full = len(self.tokens) == self.sampling.max_tokens
@@ -294,7 +295,7 @@ def answer(model, masks, rows):
           row.events.put(("codes", codes, masks.logits(codes)))
         if row.reason:
           row.live = False
-          row.events.put(("end", row.reason))
+          row.events.put(("end", row.reason, time.perf_counter() - row.began))
     if not any(row.live for row in rows):
       return
 
@@ -672,7 +673,6 @@ class Handler(BaseHTTPRequestHandler):
     for kind, *values in self.events(question):
       if not self.began:
         self.begin(200, "text/event-stream")
-        start = time.perf_counter()
       if kind == "token":
         text += values[1]
         self.event({"token": values[1], "id": values[0]})
@@ -683,8 +683,8 @@ class Handler(BaseHTTPRequestHandler):
       for i, entry in found.new(text):
         self.event({"object": i} | entry)
       if kind == "end":
-        seconds = time.perf_counter() - start
-        self.event({"end": values[0], "tokens": len(question.tokens), "seconds": seconds, "text": text})
+        reason, seconds = values
+        self.event({"end": reason, "tokens": len(question.tokens), "seconds": seconds, "text": text})
 
 
 class Objects:
