@@ -391,7 +391,7 @@ def model_name(model):
 class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
   """A thread for each connection. model: None until it can answer. When there are too many connections the one that
   has been silent longest is closed."""
-  daemon_threads, request_queue_size = True, 128
+  daemon_threads, request_queue_size = True, 1024
   allow_reuse_address = os.name == "posix"  # elsewhere it would let two servers have one port
 
   def __init__(self, args):

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import dataclasses
 import functools
+import importlib
 import io
 import json
 import os
@@ -626,7 +627,7 @@ def test_the_page_needs_nothing_from_elsewhere():
 
 # ---- live ----
 def needed(name):
-  return __import__(name) if os.environ.get("VLM_LIVE") else pytest.importorskip(name)
+  return importlib.import_module(name) if os.environ.get("VLM_LIVE") else pytest.importorskip(name)
 
 
 def test_live_openai(server):
@@ -670,7 +671,7 @@ def test_live_openai_leaves(server, endless):
 @contextlib.contextmanager
 def browser(**options):
   """-> a page of chromium, whose console has to stay without errors."""
-  playwright = needed("playwright.sync_api").sync_api
+  playwright = needed("playwright.sync_api")
   program = shutil.which("chromium") or shutil.which("chromium-browser")
   if not program:
     pytest.skip("chromium is not installed")
