@@ -16,6 +16,7 @@ import batch
 import vlm
 
 THREADS = "CPU_COUNT"  # how many tinygrad's CPU device uses
+OTHERS = 4  # Ray's own tasks, which read, look up what is done, and write: they wait forever for a processor
 
 
 class Captioner:
@@ -64,7 +65,7 @@ def main(argv):
   except ImportError:
     raise vlm.Fault("Ray is not installed: python -m pip install -r examples/requirements-ray.txt") from None
   out = args.out.resolve()
-  ray.init(args.address, num_cpus=None if args.address else args.actors * args.cpus + 1,
+  ray.init(args.address, num_cpus=None if args.address else args.actors * args.cpus + OTHERS,
            runtime_env={"env_vars": {THREADS: str(args.cpus)}}, log_to_driver=not args.quiet)
   context = ray.data.DataContext.get_current()
   context.checkpoint_config = CheckpointConfig("id", str(out / "done"), delete_checkpoint_on_success=False)
