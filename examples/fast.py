@@ -151,7 +151,7 @@ def open_device(name):
   if not compiler_cache():
     CACHELEVEL.value = 0
   if name is not None and not (name and isinstance(name, str)):
-    raise Fault("its name is to be a text, as CPU is")
+    raise Fault(f"device {name!r}: its name is to be a text, as CPU is")
   if name is None and not DEV.device and sys.platform == "linux" and not any(map(glob.glob, GPUS)):
     DEV.value = "CPU"  # tinygrad would come to this too, after it has imported all its drivers: 0.4 s
   kind = Device.canonicalize(name).partition(":")[0]
