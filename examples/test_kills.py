@@ -135,6 +135,7 @@ def test_batches(tmp_path):
   job.whole(tmp_path / "whole", "--out", tmp_path / "whole")
   whole, out = (tmp_path / "whole").read_bytes(), tmp_path / "out"
   for _ in range(KILLS):
+    out.touch()  # it may be killed before it opens that
     job.kill(out, "--out", out)
     found = out.read_bytes()
     assert whole.startswith(found) and found.endswith(b"\n") or not found
@@ -171,6 +172,7 @@ def test_training_from_nothing(tmp_path):
   job.whole(tmp_path / "whole", "--save", tmp_path / "whole")
   whole, out = files(tmp_path / "whole"), tmp_path / "out"
   for _ in range(KILLS):
+    out.mkdir()  # it may be killed before it makes that
     killed = job.kill(out, "--save", out)
     left = files(out)
     assert left.keys() <= whole.keys() and (killed or left.keys() == whole.keys())
