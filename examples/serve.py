@@ -23,7 +23,7 @@ import os
 import queue
 import re
 import secrets
-import select
+import selectors
 import socket
 import socketserver
 import sys
@@ -48,6 +48,7 @@ WATCHED = 64             # tokens of prompt and answer in the usual pass that wa
 WAITING = 32             # questions in the queue
 PICTURES, BODY, BODIES = 16, 32 << 20, 256 << 20  # of a request; bytes of a request, and of all at once
 CONNECTIONS, SILENCE, READING = 256, 30, 120      # at once; seconds without a byte, and for a whole request
+POLL = getattr(selectors, "PollSelector", selectors.SelectSelector)  # Windows has the second only
 RARE = 8                 # programs of unusual shapes that are kept
 FORMATS = "PNG", "JPEG", "WEBP", "GIF"
 PICTURE = re.compile(r"data:(?:image/(?:png|jpe?g|webp|gif))?(?:;[\w.=-]+)*;base64,", re.I)
@@ -173,19 +174,21 @@ class Question:
     self.size = sizes[0]  # that boxes are in
     self.events, self.utf8 = queue.SimpleQueue(), codecs.getincrementaldecoder("utf-8")(errors="replace")
     self.tokens, self.held, self.codes, self.live, self.reason = [], "", (), True, None
-    self.began = None
+    self.began, self.done = None, threading.Event()
 
   def left(self):
     """Whether who asked has gone."""
     try:
-      readable, _, _ = select.select([self.connection], [], [], 0)
-      return bool(readable) and not self.connection.recv(1, socket.MSG_PEEK)
+      with POLL() as poll:
+        poll.register(self.connection, selectors.EVENT_READ)
+        return bool(poll.select(0)) and not self.connection.recv(1, socket.MSG_PEEK)
     except (OSError, ValueError):  # a closed one has no number any more
       return True
 
   def drop(self, *why):
     self.live = self.watched = False
     self.events.put(why)
+    self.done.set()
 
   def take(self, id, tokenizer, eos):
     """The next token -> the 16 codes of a mask that it completes, or None."""
@@ -296,6 +299,7 @@ def answer(model, masks, rows):
         if row.reason:
           row.live = False
           row.events.put(("end", row.reason, time.perf_counter() - row.began))
+          row.done.set()
     if not any(row.live for row in rows):
       return
 
@@ -641,6 +645,8 @@ class Handler(BaseHTTPRequestHandler):
       choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
       self.event(start | {"object": "chat.completion.chunk", "choices": [choice]} | more | ({"usage": None} if usage else {}))
     text, reason, found = "", None, Objects(self.server, question)
+    if not stream:  # or each token would wake this thread, for which the model's would have to wait
+      question.done.wait()
     for kind, *values in self.events(question):
       if stream and not self.began:
         self.close_connection = True
