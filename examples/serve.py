@@ -54,7 +54,8 @@ RARE = 8                 # programs of unusual shapes that are kept
 FORMATS = "PNG", "JPEG", "WEBP", "GIF"
 PICTURE = re.compile(r"data:(?:image/(?:png|jpe?g|webp|gif))?(?:;[\w.=-]+)*;base64,", re.I)
 POLICY = ("default-src 'none'; img-src 'self' data: blob:; style-src 'unsafe-inline'; "
-          "script-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+          "script-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+          "frame-ancestors 'none'")
 KNOWN = {"messages", "model", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "seed",
          "stop", "stream", "stream_options"}
 HARMLESS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
@@ -91,7 +92,8 @@ def read_picture(url, param, side):
     return vlm.to_pixels(image, side)[0], image.size
   except Exception as e:  # Pillow's readers raise whatever they stumble over
     why = {binascii.Error: "not base64", Image.DecompressionBombError: "too large"}.get(type(e))
-    raise Refusal(400, f"the picture is {why or 'not of these kinds, or damaged'}", param, "invalid_image") from None
+    raise Refusal(400, f"the picture is {why or 'not of these kinds, or damaged'}", param,
+                  "invalid_image") from None
 
 
 def read_message(body):
@@ -159,8 +161,8 @@ class Question:
     self.pictures, self.image_tokens = len(urls), config.vision.patches * len(urls)
     room = config.text.max_position_embeddings - self.image_tokens - len(self.prompt)
     if room < 1:
-      raise Refusal(400, f"{self.image_tokens} tokens of pictures and {len(self.prompt)} of text do not fit into "
-                    f"the context of {config.text.max_position_embeddings}; shorten the text, or send fewer "
+      raise Refusal(400, f"{self.image_tokens} tokens of pictures and {len(self.prompt)} of text do not fit "
+                    f"into the context of {config.text.max_position_embeddings}; shorten the text, or send fewer "
                     "pictures", "messages", "context_length_exceeded")
     asked = [number(body, key, int, 1, 2 ** 53) for key in ("max_completion_tokens", "max_tokens")]
     options = {"top_k": number(body, "top_k", int, 0, 2 ** 31, 0),
@@ -241,7 +243,7 @@ class Waiting:
       self.changed.notify()
 
   def batch(self, context):
-    """Waits -> up to eight questions with as many pictures as the first, which fit into the context together."""
+    """Waits -> up to eight questions with as many pictures as the first, which fit the context together."""
     with self.changed:
       while not self.questions:
         self.changed.wait()
@@ -272,8 +274,8 @@ def shape(rows, context):
 
 
 def prefill(model, rows):
-  """VLM.prefix for rows of tokens, with the sizes of `shape` -> token (B,), logits (B, V), positions (B, C) on
-  the device, the next slot."""
+  """VLM.prefix for rows of tokens, with the sizes of `shape` -> token (B,), logits (B, V), positions (B, C)
+  on the device, the next slot."""
   P, (T, C) = rows[0].image_tokens, shape(rows, model.config.text.max_position_embeddings)
   image = np.concatenate([model.vision(pixels)[1] for row in rows for pixels in row.pixels])
   ids = np.array([[0] * (T - len(row.prompt)) + row.prompt for row in rows])
@@ -312,8 +314,8 @@ def answer(model, masks, rows):
 
 
 def attention(model, row):
-  """What chose each of N tokens: attention over P image tokens, mean of heads and layers -> uint8 (N, P), each
-  to its own largest. examples/show.py tells more; this is its pass as one program, kept for the next answer."""
+  """What chose each of N tokens: attention over P image tokens, mean of heads and layers -> uint8 (N, P),
+  each to its own largest. This is the pass of examples/show.py as one program, kept for the next answer."""
   c, gemma, P = model.config.text, model.net.language_model, row.image_tokens
   lengths = len(row.prompt), len(row.tokens)
   T = min(max(WATCHED, 1 << (sum(lengths) - 1).bit_length()), c.max_position_embeddings - P)
@@ -414,8 +416,8 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
     try:
       super().__init__((args.host, args.port), Handler)
     except (OSError, OverflowError) as e:
-      raise Fault(f"{args.host}, port {args.port}: {getattr(e, 'strerror', None) or e}; choose another --port or "
-                  "--host", code=1) from None
+      raise Fault(f"{args.host}, port {args.port}: {getattr(e, 'strerror', None) or e}; choose another --port "
+                  "or --host", code=1) from None
     self.address = f"http://{f'[{args.host}]' if ':' in args.host else args.host}:{self.server_address[1]}"
 
   def process_request(self, request, client_address):
@@ -732,7 +734,8 @@ def is_number(name):
 
 
 ROUTES = {"/": ("GET", Handler.page), "/shapes.png": ("GET", Handler.shapes),
-          "/health": ("GET", Handler.health), "/v1/models": ("GET", Handler.models), "/v1/chat/completions": ("POST", Handler.chat),
+          "/health": ("GET", Handler.health), "/v1/models": ("GET", Handler.models),
+          "/v1/chat/completions": ("POST", Handler.chat),
           "/ask": ("POST", Handler.watch)}
 
 
