@@ -6,9 +6,9 @@
     POST /v1/chat/completions   whose answers have `boxes` beyond it: label, pixels, mask as a PNG in base64
     POST /ask                   the same question; what comes of it token by token, for the page
 
-One thread owns the model and answers what waits, up to eight questions at once; each connection has a thread that reads
-the question and writes the answer. PaliGemma has no conversation: the last user message is the question, with its own
-pictures, and what stands before it is ignored, a system message too.
+One thread owns the model and answers what waits, up to eight questions at once; each connection has a thread
+that reads the question and writes the answer. PaliGemma has no conversation: the last user message is the
+question, with its own pictures, and what stands before it is ignored, a system message too.
 """
 import base64
 import binascii
@@ -23,7 +23,7 @@ import os
 import queue
 import re
 import secrets
-import select
+import selectors
 import socket
 import socketserver
 import sys
@@ -48,18 +48,21 @@ WATCHED = 64             # tokens of prompt and answer in the usual pass that wa
 WAITING = 32             # questions in the queue
 PICTURES, BODY, BODIES = 16, 32 << 20, 256 << 20  # of a request; bytes of a request, and of all at once
 CONNECTIONS, SILENCE, READING = 256, 30, 120      # at once; seconds without a byte, and for a whole request
+POLL = getattr(selectors, "PollSelector", selectors.SelectSelector)  # Windows has the second only
+SOON = {"Retry-After": "1"}
 RARE = 8                 # programs of unusual shapes that are kept
 FORMATS = "PNG", "JPEG", "WEBP", "GIF"
 PICTURE = re.compile(r"data:(?:image/(?:png|jpe?g|webp|gif))?(?:;[\w.=-]+)*;base64,", re.I)
-POLICY = ("default-src 'none'; img-src 'self' data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-          "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-KNOWN = {"messages", "model", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "seed", "stop",
-         "stream", "stream_options"}
+POLICY = ("default-src 'none'; img-src 'self' data: blob:; style-src 'unsafe-inline'; "
+          "script-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+          "frame-ancestors 'none'")
+KNOWN = {"messages", "model", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "seed",
+         "stop", "stream", "stream_options"}
 HARMLESS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 # What the API can do and PaliGemma cannot, with the values that ask for nothing.
-NOTHING = {"n": 1, "frequency_penalty": 0, "presence_penalty": 0, "logprobs": False, "top_logprobs": 0, "logit_bias": {},
-           "tools": [], "tool_choice": "none", "parallel_tool_calls": True, "response_format": {"type": "text"},
-           "modalities": ["text"]}
+NOTHING = {"n": 1, "frequency_penalty": 0, "presence_penalty": 0, "logprobs": False, "top_logprobs": 0,
+           "logit_bias": {}, "tools": [], "tool_choice": "none", "parallel_tool_calls": True,
+           "response_format": {"type": "text"}, "modalities": ["text"]}
 
 
 class Refusal(Exception):
@@ -75,21 +78,22 @@ class Refusal(Exception):
 
 
 def read_picture(url, param, side):
-  """A data: URL -> float32 (3, S, S), and the picture's width and height. Nothing else is ever opened. Raises Refusal."""
+  """A data: URL -> float32 (3, S, S), and the picture's width and height. Nothing else is ever opened.
+  Raises Refusal."""
   found = isinstance(url, str) and PICTURE.match(url)
   if not found:
-    raise Refusal(400, "a picture is a data: URL of a png, jpeg, webp or gif in base64; paths and other addresses are not "
-                  "opened", param)
+    raise Refusal(400, "a picture is a data: URL of a png, jpeg, webp or gif in base64; paths and other "
+                  "addresses are not opened", param)
   try:
     data = re.sub(r"\s|=+$", "", url[found.end():])
     data = base64.b64decode(data + "=" * (-len(data) % 4), validate=True)
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
       image = vlm.open_image(image)
     return vlm.to_pixels(image, side)[0], image.size
-  except (Fault, binascii.Error, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as e:
-    why = "not base64" if isinstance(e, binascii.Error) else "too large" if isinstance(e, Image.DecompressionBombError) \
-      else "not an image of these kinds, or a damaged one"
-    raise Refusal(400, f"the picture is {why}", param, "invalid_image") from None
+  except Exception as e:  # Pillow's readers raise whatever they stumble over
+    why = {binascii.Error: "not base64", Image.DecompressionBombError: "too large"}.get(type(e))
+    raise Refusal(400, f"the picture is {why or 'not of these kinds, or damaged'}", param,
+                  "invalid_image") from None
 
 
 def read_message(body):
@@ -113,7 +117,8 @@ def read_message(body):
     else:
       raise Refusal(400, "content is a text, or a list of parts of type text and image_url", place)
   if not 1 <= len(urls) <= PICTURES:
-    raise Refusal(400, f"the last user message has {len(urls)} pictures; it needs 1 to {PICTURES}, as image_url parts", place)
+    raise Refusal(400, f"the last user message has {len(urls)} pictures; it needs 1 to {PICTURES}, as parts "
+                  "of type image_url", place)
   prompt = " ".join(filter(None, (text.strip() for text in texts)))
   if not prompt:
     raise Refusal(400, "the last user message has no text", place)
@@ -132,14 +137,16 @@ def number(body, name, kind, low, high, default=None):
 
 
 class Question:
-  """One row of a batch: what was asked, checked, and the queue of what comes of it: ("token", id, text), ("codes", 16
-  codes, logits (64, 64)), ("end", "stop" or "length", seconds), ("attention", uint8 (N, P)), ("error", Fault), ("left",)."""
+  """One row of a batch: what was asked, checked, and the queue of what comes of it: ("token", id, text),
+  ("codes", 16 codes, logits (64, 64)), ("end", "stop" or "length", seconds), ("attention", uint8 (N, P)),
+  ("over",), or ("error", exception) or ("left",)."""
   def __init__(self, model, body, connection, watched):
     self.connection, self.watched = connection, watched
     odd = [key for key in body if key not in KNOWN | HARMLESS and body[key] is not None
            and not (key in NOTHING and body[key] == NOTHING[key])]
     if odd:
-      raise Refusal(400, f"{odd[0]}: this server cannot do that; leave it out", odd[0], "unsupported_parameter")
+      raise Refusal(400, f"{odd[0]}: this server cannot do that; leave it out", odd[0],
+                    "unsupported_parameter")
     if body.get("model") not in (None, name := model_name(model)):
       raise Refusal(404, f"there is no such model here; there is {name}", "model", "model_not_found")
     for key, kind in (("stream", bool), ("stream_options", dict)):
@@ -154,10 +161,12 @@ class Question:
     self.pictures, self.image_tokens = len(urls), config.vision.patches * len(urls)
     room = config.text.max_position_embeddings - self.image_tokens - len(self.prompt)
     if room < 1:
-      raise Refusal(400, f"{self.image_tokens} tokens of pictures and {len(self.prompt)} of text do not fit into the context "
-                    f"of {config.text.max_position_embeddings}; shorten the text, or send fewer pictures", "messages", "context_length_exceeded")
+      raise Refusal(400, f"{self.image_tokens} tokens of pictures and {len(self.prompt)} of text do not fit "
+                    f"into the context of {config.text.max_position_embeddings}; shorten the text, or send fewer "
+                    "pictures", "messages", "context_length_exceeded")
     asked = [number(body, key, int, 1, 2 ** 53) for key in ("max_completion_tokens", "max_tokens")]
-    options = {"top_k": number(body, "top_k", int, 0, 2 ** 31, 0), "top_p": number(body, "top_p", float, 1e-6, 1, 1.0),
+    options = {"top_k": number(body, "top_k", int, 0, 2 ** 31, 0),
+               "top_p": number(body, "top_p", float, 1e-6, 1, 1.0),
                "temperature": number(body, "temperature", float, 0, 100, 0.0)}
     seed = number(body, "seed", int, -2 ** 63, 2 ** 64 - 1)
     try:
@@ -167,25 +176,28 @@ class Question:
     self.rng = np.random.default_rng(None if seed is None else seed % 2 ** 64)
     stop = body.get("stop")
     self.stop = [] if stop is None else [stop] if isinstance(stop, str) else stop
-    if not isinstance(self.stop, list) or len(self.stop) > 4 or not all(isinstance(s, str) and s for s in self.stop):
+    if not isinstance(self.stop, list) or not all(isinstance(s, str) and s for s in self.stop) \
+        or len(self.stop) > 4:
       raise Refusal(400, "stop is a text, or a list of up to four", "stop")
     self.pixels, sizes = zip(*(read_picture(url, param, config.vision.image_size) for url, param in urls))
     self.size = sizes[0]  # that boxes are in
     self.events, self.utf8 = queue.SimpleQueue(), codecs.getincrementaldecoder("utf-8")(errors="replace")
     self.tokens, self.held, self.codes, self.live, self.reason = [], "", (), True, None
-    self.began = None
+    self.began, self.done = None, threading.Event()
 
   def left(self):
     """Whether who asked has gone."""
     try:
-      readable, _, _ = select.select([self.connection], [], [], 0)
-      return bool(readable) and not self.connection.recv(1, socket.MSG_PEEK)
+      with POLL() as poll:
+        poll.register(self.connection, selectors.EVENT_READ)
+        return bool(poll.select(0)) and not self.connection.recv(1, socket.MSG_PEEK)
     except (OSError, ValueError):  # a closed one has no number any more
       return True
 
   def drop(self, *why):
     self.live = self.watched = False
     self.events.put(why)
+    self.done.set()
 
   def take(self, id, tokenizer, eos):
     """The next token -> the 16 codes of a mask that it completes, or None."""
@@ -226,12 +238,12 @@ class Waiting:
           self.questions.remove(gone)
           gone.drop("left")
       if len(self.questions) >= WAITING:
-        raise Refusal(429, f"{WAITING} questions are waiting already; try again", code="queue_full", **{"Retry-After": "1"})
+        raise Refusal(429, f"{WAITING} questions are waiting already; try again", code="queue_full", **SOON)
       self.questions.append(question)
       self.changed.notify()
 
   def batch(self, context):
-    """Waits -> up to eight questions with as many pictures as the first, which fit together into the context."""
+    """Waits -> up to eight questions with as many pictures as the first, which fit the context together."""
     with self.changed:
       while not self.questions:
         self.changed.wait()
@@ -253,7 +265,7 @@ def longest(rows):
 
 
 def shape(rows, context):
-  """-> T, the slots for text, and C, all of a cache: few different ones, so that few programs are compiled."""
+  """-> T, the slots for text, and C, all of a cache: few different ones, so that few programs are needed."""
   P, most = rows[0].image_tokens, max(row.sampling.max_tokens for row in rows)
   T = min(max(TEXT, 1 << (longest(rows) - 1).bit_length()), context - P - most)
   need = P + T + most
@@ -262,8 +274,8 @@ def shape(rows, context):
 
 
 def prefill(model, rows):
-  """VLM.prefix for rows of tokens, with the sizes of `shape` -> token (B,), logits (B, V), positions (B, C) on the
-  device, the next slot."""
+  """VLM.prefix for rows of tokens, with the sizes of `shape` -> token (B,), logits (B, V), positions (B, C)
+  on the device, the next slot."""
   P, (T, C) = rows[0].image_tokens, shape(rows, model.config.text.max_position_embeddings)
   image = np.concatenate([model.vision(pixels)[1] for row in rows for pixels in row.pixels])
   ids = np.array([[0] * (T - len(row.prompt)) + row.prompt for row in rows])
@@ -296,14 +308,16 @@ def answer(model, masks, rows):
         if row.reason:
           row.live = False
           row.events.put(("end", row.reason, time.perf_counter() - row.began))
+          row.done.set()
     if not any(row.live for row in rows):
       return
 
 
 def attention(model, row):
-  """What chose each of N tokens: attention over P image tokens, mean of heads and layers -> uint8 (N, P), each to its
-  own largest. examples/show.py tells more; this is its pass as one program, kept for the next answer."""
-  c, gemma, P, lengths = model.config.text, model.net.language_model, row.image_tokens, (len(row.prompt), len(row.tokens))
+  """What chose each of N tokens: attention over P image tokens, mean of heads and layers -> uint8 (N, P),
+  each to its own largest. This is the pass of examples/show.py as one program, kept for the next answer."""
+  c, gemma, P = model.config.text, model.net.language_model, row.image_tokens
+  lengths = len(row.prompt), len(row.tokens)
   T = min(max(WATCHED, 1 << (sum(lengths) - 1).bit_length()), c.max_position_embeddings - P)
   sequence = vlm.collate(c, P, [(row.prompt, row.tokens)], T)
   ids, _, *rest = (vlm.upload(t, model.device) for t in sequence)
@@ -389,8 +403,8 @@ def model_name(model):
 
 
 class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
-  """A thread for each connection. model: None until it can answer. When there are too many connections the one that
-  has been silent longest is closed."""
+  """A thread for each connection. model: None until it can answer. When there are too many connections the
+  oldest of those that have not asked anything is closed."""
   daemon_threads, request_queue_size = True, 1024
   allow_reuse_address = os.name == "posix"  # elsewhere it would let two servers have one port
 
@@ -402,8 +416,8 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
     try:
       super().__init__((args.host, args.port), Handler)
     except (OSError, OverflowError) as e:
-      raise Fault(f"{args.host}, port {args.port}: {getattr(e, 'strerror', None) or e}; choose another --port or --host",
-                  code=1) from None
+      raise Fault(f"{args.host}, port {args.port}: {getattr(e, 'strerror', None) or e}; choose another --port "
+                  "or --host", code=1) from None
     self.address = f"http://{f'[{args.host}]' if ':' in args.host else args.host}:{self.server_address[1]}"
 
   def process_request(self, request, client_address):
@@ -433,7 +447,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
     """For a request's body: who sends many large ones has to wait. Raises Refusal."""
     with self.lock:
       if self.bytes + size > BODIES:
-        raise Refusal(429, "too much is being sent at once; try again", code="queue_full", **{"Retry-After": "1"})
+        raise Refusal(429, "too much is being sent at once; try again", code="queue_full", **SOON)
       self.bytes += size
     try:
       yield
@@ -512,8 +526,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send(refusal.status, refusal.body, **refusal.headers)
 
   def check(self, method):
-    """Whether the request comes from where it may: a page elsewhere must not use this server by its visitor's browser,
-    neither by sending to it nor by a name that leads to it. Raises Refusal."""
+    """Whether the request comes from where it may: a page elsewhere must not use this server by its visitor's
+    browser, neither by sending to it nor by a name that leads to it. Raises Refusal."""
     args, hosts = self.server.args, self.headers.get_all("Host", [])
     if method != "POST" and {"Content-Length", "Transfer-Encoding"} & set(self.headers):
       self.close_connection = True  # nobody reads that body
@@ -523,14 +537,17 @@ class Handler(BaseHTTPRequestHandler):
     name = host[1].strip("[]").lower()
     known = {"localhost", "127.0.0.1", "::1", args.host.lower()}
     if name not in known and not (args.host in ("0.0.0.0", "::") and is_number(name)):
-      raise Refusal(403, f"this is not {host[1]}; open {self.server.address}, or start with --host", code="wrong_host")
+      raise Refusal(403, f"this is not {host[1]}; open {self.server.address}, or start with --host",
+                    code="wrong_host")
     origin = self.headers.get("Origin")
     if origin not in (None, f"http://{hosts[0]}", args.allow_origin) and args.allow_origin != "*":
-      raise Refusal(403, "pages of other servers may not ask here; start with --allow-origin", code="wrong_origin")
+      raise Refusal(403, "pages of other servers may not ask here; start with --allow-origin",
+                    code="wrong_origin")
     given = self.headers.get("Authorization", "").removeprefix("Bearer ").encode(errors="replace")
     if args.api_key and method != "OPTIONS" and urlsplit(self.path).path.startswith(("/v1", "/ask")) \
         and not hmac.compare_digest(given, args.api_key.encode()):
-      raise Refusal(401, "the API key is missing or wrong", code="invalid_api_key", **{"WWW-Authenticate": "Bearer"})
+      raise Refusal(401, "the API key is missing or wrong", code="invalid_api_key",
+                    **{"WWW-Authenticate": "Bearer"})
 
   def send(self, status, body, kind="application/json", **headers):
     body = json.dumps(body).encode() if isinstance(body, dict) else body
@@ -542,7 +559,8 @@ class Handler(BaseHTTPRequestHandler):
     self.send_response(status)
     if self.server.args.allow_origin:
       headers |= {"Access-Control-Allow-Origin": self.server.args.allow_origin, "Vary": "Origin",
-                  "Access-Control-Allow-Headers": "Authorization, Content-Type", "Access-Control-Allow-Methods": "GET, POST"}
+                  "Access-Control-Allow-Headers": "Authorization, Content-Type",
+                  "Access-Control-Allow-Methods": "GET, POST"}
     headers |= {"Content-Type": kind, "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
     for name, value in headers.items():
       self.send_header(name, str(value))
@@ -564,10 +582,10 @@ class Handler(BaseHTTPRequestHandler):
   def health(self):
     model = self.server.model
     if model is None:
-      raise Refusal(503, "loading", code="loading", **{"Retry-After": "1"})
+      raise Refusal(503, "loading", code="loading", **SOON)
     note = vlm.read_json(model.folder / "config.json").get("note")
-    self.send(200, {"status": "ok", "model": model_name(model), "note": note, "key": bool(self.server.args.api_key),
-                    "side": round(model.config.vision.patches ** .5)})
+    self.send(200, {"status": "ok", "model": model_name(model), "note": note,
+                    "key": bool(self.server.args.api_key), "side": round(model.config.vision.patches ** .5)})
 
   def models(self):
     if self.server.model is None:
@@ -612,7 +630,7 @@ class Handler(BaseHTTPRequestHandler):
   def ask(self, watched=False):
     """-> the request, and the question, which waits to be answered. Raises Refusal."""
     if self.server.model is None:
-      raise Refusal(503, "loading", code="loading", **{"Retry-After": "1"})
+      raise Refusal(503, "loading", code="loading", **SOON)
     body = self.body()
     with self.server.decoding:
       question = Question(self.server.model, body, self.connection, watched)
@@ -622,7 +640,8 @@ class Handler(BaseHTTPRequestHandler):
     return body, question
 
   def events(self, question):
-    """What comes of a question, as far as it is wanted. Raises Refusal of a failure, OSError where the client has gone."""
+    """What comes of a question, as far as it is wanted. Raises Refusal of a failure, OSError where the client
+    has gone."""
     last = "over" if question.watched else "end"
     event = [None]
     while event[0] != last:
@@ -636,11 +655,15 @@ class Handler(BaseHTTPRequestHandler):
   def chat(self):
     body, question = self.ask()
     stream, usage = body.get("stream"), (body.get("stream_options") or {}).get("include_usage")
-    start = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model_name(self.server.model)}
+    start = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()),
+             "model": model_name(self.server.model)}
     def chunk(delta, reason=None, **more):
       choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
-      self.event(start | {"object": "chat.completion.chunk", "choices": [choice]} | more | ({"usage": None} if usage else {}))
+      more |= {"usage": None} if usage else {}
+      self.event(start | {"object": "chat.completion.chunk", "choices": [choice]} | more)
     text, reason, found = "", None, Objects(self.server, question)
+    if not stream:  # or each token would wake this thread, for which the model's would have to wait
+      question.done.wait()
     for kind, *values in self.events(question):
       if stream and not self.began:
         self.close_connection = True
@@ -654,13 +677,15 @@ class Handler(BaseHTTPRequestHandler):
         found.masks[values[0]] = values[1]
       elif kind == "end":
         reason = values[0]
-    counts = {"prompt_tokens": question.image_tokens + len(question.prompt), "completion_tokens": len(question.tokens)}
+    counts = {"prompt_tokens": question.image_tokens + len(question.prompt),
+              "completion_tokens": len(question.tokens)}
     counts["total_tokens"] = sum(counts.values())
     boxes = [entry for _, entry in found.new(text)]
     if not stream:
-      choice = {"index": 0, "message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": None,
-                "finish_reason": reason}
-      return self.send(200, start | {"object": "chat.completion", "choices": [choice], "usage": counts, "boxes": boxes})
+      choice = {"index": 0, "message": {"role": "assistant", "content": text, "refusal": None},
+                "logprobs": None, "finish_reason": reason}
+      whole = {"object": "chat.completion", "choices": [choice], "usage": counts, "boxes": boxes}
+      return self.send(200, start | whole)
     chunk({}, reason, boxes=boxes)
     if usage:
       self.event(start | {"object": "chat.completion.chunk", "choices": [], "usage": counts})
@@ -708,8 +733,9 @@ def is_number(name):
     return bool(ipaddress.ip_address(name))
 
 
-ROUTES = {"/": ("GET", Handler.page), "/shapes.png": ("GET", Handler.shapes), "/health": ("GET", Handler.health),
-          "/v1/models": ("GET", Handler.models), "/v1/chat/completions": ("POST", Handler.chat),
+ROUTES = {"/": ("GET", Handler.page), "/shapes.png": ("GET", Handler.shapes),
+          "/health": ("GET", Handler.health), "/v1/models": ("GET", Handler.models),
+          "/v1/chat/completions": ("POST", Handler.chat),
           "/ask": ("POST", Handler.watch)}
 
 
@@ -718,11 +744,12 @@ ROUTES = {"/": ("GET", Handler.page), "/shapes.png": ("GET", Handler.shapes), "/
 
 @vlm.program
 def main(argv):
-  p = vlm.terminal.ArgumentParser(prog="serve.py", allow_abbrev=False, description="A page and an OpenAI-compatible server.")
-  p.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)")
+  p = vlm.terminal.ArgumentParser(prog="serve.py", allow_abbrev=False,
+                                  description="A page, and a server that speaks the OpenAI API.")
+  p.add_argument("--host", default="127.0.0.1", help="where to listen (default: %(default)s, this machine)")
   p.add_argument("--port", type=int, default=8000, help="0: any free one (default: %(default)s)")
   p.add_argument("--api-key", metavar="KEY", help="what clients have to know")
-  p.add_argument("--allow-origin", metavar="ORIGIN", help="a page elsewhere that may ask, or * (default: none)")
+  p.add_argument("--allow-origin", metavar="ORIGIN", help="a page that may ask too, or * (default: none)")
   vlm.add_arguments(p, answers=False)
   args = p.parse_args(argv)
   with Server(args) as server:  # which says so while the model is loaded
