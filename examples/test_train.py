@@ -349,7 +349,8 @@ def test_options(refused, tmp_path):
   assert "no such folder" in refused("--init", tmp_path / "nothing", "--save", tmp_path / "no")
   assert "big_vision.py" in refused("--init", "paligemma.npz", "--save", tmp_path / "no")
   assert "--skip-bad" in refused("--skip-bad", "--save", tmp_path / "no")
-  for other in (("--weights", TINY), ("--temperature", 1), ("--seed", 1), ("--json",), ("--out", "x.png"),
+  assert "--eval" in refused("--save", tmp_path / "no", "--weights", TINY)
+  for other in (("--temperature", 1), ("--seed", 1), ("--json",), ("--out", "x.png"),
                 ("--sa", "x"), (tmp_path, "caption en")):  # of other programs
     assert "unrecognized" in refused("--save", tmp_path / "no", *other)
   assert "cannot be used" in refused("--save", tmp_path / "no", "--device", "NOSUCH")

@@ -346,7 +346,7 @@ class Run:
       if args.init not in (None, init):
         raise Fault(f"this run was started with --init {init}; resume with that")
     source = vlm.terminal.find_weights(init, ROOT) if init is not None else None
-    if source:
+    if source and args.data:
       vlm.log.debug(f"loading {source}")
     self.model = vlm.load(source, args.device) if source else self.prepare_toy()
     net, config, tokenizer = self.model.net, self.model.config, self.model.tokenizer
@@ -368,10 +368,10 @@ class Run:
       names = sorted(n for n in names if re.fullmatch(lora.pattern(args.vision), n))
       lora.create(net, names, args.rank, args.alpha, place)
     need = memory(net, config, args, self.data.text)
-    vlm.log.info(f"{args.part}: {need.trained / 1e6:.3g} million weights are trained; memory: {need.told}")
     check_memory(need, args, source)
     if source:
       self.prepare_folder(source)
+    self.told = f"{args.part}: {need.trained / 1e6:.3g} million weights are trained; memory: {need.told}"
     self.types = {n: t.dtype for n, t in get_state_dict(net).items()}  # a checkpoint keeps its number types
     kind = LayerTrainer if args.by_layer else Trainer
     self.trainer, self.done, self.saved, self.stop = kind(net, config, args.part), 0, 0, False
@@ -500,6 +500,7 @@ class Run:
 
   def train(self):
     """All steps that are left, or those until Ctrl-C."""
+    vlm.log.info(self.told)
     args, patches = self.args, self.model.config.vision.patches
     held_out = self.trainer.batch(*self.data.held_out(), self.data.text)
     every, start, first, tokens = -(-args.steps // args.reports), time.perf_counter(), self.done, 0
