@@ -1395,6 +1395,7 @@ def alone(tmp_path_factory):
     shutil.copy(ROOT / name, folder)
   return folder
 
+@pytest.mark.long
 def test_two_files_alone(alone, tmp_path, pictures):
   """the golden answers, logits and the toy's caption without examples/: only speed differs"""
   code = f"""

@@ -386,6 +386,7 @@ for kind in t.KINDS:
   assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("device", ["CPU:LLVM", "CPU:X86"])
 def test_other_compilers_answer_the_same(device, tmp_path):
   runs = [ask(tmp_path, DEV=name) for name in ("CPU", device)]

@@ -206,6 +206,7 @@ def example(model, rows=4, text=24):
   sequence = vlm.collate(c.text, c.vision.patches, pairs, text)
   return pairs, [vlm.upload(t, model.device) for t in (pixels(3, 2 if rows > 1 else 1), *sequence)]
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_by_layer_are_those_of_the_whole(kind):
   model = vlm.load(WEIGHTS / kind)
@@ -252,6 +253,7 @@ def test_several_batches_are_one(tmp_path):
   for name, t in found[4][1].items():
     assert np.abs(t - found[1][1][name]).max() < 2e-3, name  # Adam makes a step of every size from noise
 
+@pytest.mark.long
 def test_a_run_writes_an_adapter_that_is_used_and_nothing_else_moves(tmp_path):
   job = adapted(tmp_path / "run", "--lr", 1e-2, "--vision")
   before = {n: t.numpy().copy() for n, t in get_state_dict(job.model.net).items() if ".lora_" not in n}

@@ -415,6 +415,7 @@ def test_the_toy_is_small_and_whole():
   assert {"config.json", "model.safetensors", "tokenizer.model"} <= {f.name for f in TOY.iterdir()}
   assert sum(f.stat().st_size for f in TOY.iterdir()) <= 8_000_000 and not (TOY / "training.state").exists()
 
+@pytest.mark.long
 def test_the_toy_answers_right_for_the_example_pictures():
   """What a fresh clone shows: captions, counts, and boxes for everything that is there and for nothing that
   is not."""

@@ -235,6 +235,7 @@ def test_labels():
   assert show.plain("é日") == r"é\u65e5"
 
 # ---- does it mean anything ----
+@pytest.mark.long
 def test_it_means_something_on_the_toy(capsys):
   """what is printed of 200 scenes in a README, on 50"""
   titles = "mean of all layers|layer 1 alone|layer 2|layer 3|layer 4|projected features|taken by layer 1"
@@ -258,6 +259,7 @@ def test_it_means_something_on_the_toy(capsys):
   right = [float(v) for task in ("caption", "color") for v in results[task][0]]
   assert np.abs(np.array(line.split(), float) - right).max() < .001
 
+@pytest.mark.long
 def test_eval_wants_weights_that_know_the_toy_world():
   with pytest.raises(vlm.Fault, match="toy"):
     show.evaluate(model("tiny1"), 2)

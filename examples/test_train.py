@@ -183,6 +183,7 @@ def test_one_batch_overfits(tmp_path):
   losses = [trainer.step(batch, rate) for rate in rates]
   assert losses[0] > 4 and losses[10] < losses[0] - 0.5 and losses[-1] < 0.3, losses
 
+@pytest.mark.long
 def test_the_optimizer_remembers(tmp_path):
   """At a rate of 0 the gradient g stays: after n steps the mean is (1 - 0.9^n) g, that of squares (1 -
   0.99^n) g^2."""
@@ -278,6 +279,7 @@ def test_a_run_leaves_a_whole_folder(whole):
   [answer] = vlm.load(whole).generate([shapes.scene(3, 0).image], ["caption en"], max_tokens=4)
   assert len(answer.tokens) <= 4
 
+@pytest.mark.long
 @pytest.mark.parametrize("after", [2, 4])
 def test_resume_equals_uninterrupted(after, whole, tmp_path, monkeypatch, capsys):
   """Ctrl-C in the middle of a step, between two rows of loss.csv and at one: the step ends, then all is
@@ -299,6 +301,7 @@ def test_resume_equals_uninterrupted(after, whole, tmp_path, monkeypatch, capsys
     assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()
   assert capsys.readouterr().err == ""  # --quiet
 
+@pytest.mark.long
 def test_scenes_grow_unless_a_checkpoint_goes_on(whole, tmp_path, monkeypatch):
   seen, plain = [], shapes.examples
   def examples(seed, i, k, most=4, codes=None):
