@@ -155,8 +155,8 @@ def lines(rng, folder, found):
     path = written(home / "captions.csv", damaged(rng, b'image,caption\n' + b'a.png,"a, cat"\n' * 12))
   with contextlib.suppress(Fault):
     samples.read(home)
-  for line in batch.read_list(path):
-    line.question()
+  for line in batch.List(path):
+    line.question(56)
 
 
 def an_answer(rng, folder, found):

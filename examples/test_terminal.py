@@ -279,7 +279,9 @@ def test_lines_are_edited_and_remembered(tmp_path):
           "sys.exit(vlm.terminal.loop(question, ['a.png'], None))")
   place, inside = pty.openpty()
   with subprocess.Popen([sys.executable, "-c", code], stdin=inside, stdout=inside, stderr=inside,
-                        start_new_session=True, preexec_fn=lambda: controlling(inside)) as run:
+                        start_new_session=True, preexec_fn=lambda: controlling(inside)) as run, \
+       contextlib.ExitStack() as ends:
+    ends.callback(run.kill)  # a failure would wait for it
     os.close(inside)
     shown = b""
     def until(text):
