@@ -153,6 +153,7 @@ def test_cores_that_are_none(cores):
   assert (code, out) == (2, "") and f"CPU_COUNT={cores}: at least 1" in err
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("env", [{"CC": "gcc"}, {"CC": "/bin/false"}, {"CC": ""}, {"JIT": "0"}], ids=str)
 def test_a_compiler_that_is_none(env, tmp_path):
   code, out, err = shell('"$@"', *ASK, env=env | {"XDG_CACHE_HOME": str(tmp_path)})
@@ -160,6 +161,7 @@ def test_a_compiler_that_is_none(env, tmp_path):
   assert ("is not used" in err) == bool(env.get("CC"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", ["no home", "no folder", "garbage", "no PATH", "no name"])
 def test_a_cache_that_cannot_be_written(case, tmp_path):
   env = {"no folder": {"HOME": "/dev/null"}, "no name": {"XDG_CACHE_HOME": "", "HOME": str(tmp_path)},

@@ -26,7 +26,8 @@ def answers(model):
 
 
 @pytest.mark.parametrize("name, bits, count", [
-  ("tiny1", 0, 4), ("tiny2", 0, 2), ("tiny1", 8, 2), ("tiny2", 4, 2)])
+  pytest.param("tiny1", 0, 4, marks=pytest.mark.long), ("tiny2", 0, 2), ("tiny1", 8, 2),
+  pytest.param("tiny2", 4, 2, marks=pytest.mark.long)])
 def test_same_tokens_as_one_device(name, bits, count, tmp_path, monkeypatch):
   # without instructions that round to bfloat16 only the order of sums is different
   monkeypatch.setattr(vlm.kernels, "PORTABLE", True)
