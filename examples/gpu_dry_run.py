@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vlm.py, wherever this is started from
 import vlm  # first, because it says what is not installed
 import numpy as np
-from tinygrad.device import Compiler
+from tinygrad.device import Compiler, Device
 from tinygrad.helpers import CACHELEVEL, DEV, JIT, MAX_KERNEL_BUFFERS, NULL_ALLOW_COPYOUT, GlobalCounters
 from tinygrad.nn.state import get_state_dict
 import quantize
