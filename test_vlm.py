@@ -34,7 +34,7 @@ import numpy as np
 import pytest
 import sentencepiece
 from PIL import Image, ImageColor, PngImagePlugin
-from tinygrad import Tensor, dtypes
+from tinygrad import dtypes
 from tinygrad.helpers import Context
 from tinygrad.nn.state import get_state_dict
 

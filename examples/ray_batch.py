@@ -6,7 +6,6 @@
 SOURCE is what batch.py takes, and all machines see it and FOLDER at the same place. FOLDER gets Parquet files
 with the columns of batch.py's tables. Started again after a kill it answers what is not in them yet.
 """
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -45,11 +44,11 @@ def arguments(argv):
   p.add_argument("--cpus", type=int, default=1, metavar="N", help="of each of these (default %(default)s)")
   p.add_argument("--gpus", type=float, default=0, metavar="N", help="of each of these (default %(default)s)")
   p.add_argument("--address", metavar="ADDRESS", help="of a running cluster (default: one on this machine)")
-  p.add_argument("--part", default="1/1", help=argparse.SUPPRESS)  # Ray shares the work
+  p.set_defaults(part="1/1")  # Ray shares the work
   vlm.add_arguments(p)
   args = p.parse_args(argv)
-  if min(args.batch_size, args.actors, args.cpus) < 1 or args.gpus < 0 or "--part" in args.given:
-    raise vlm.Fault("--batch-size, --actors and --cpus: at least 1; --gpus: at least 0; --part: of batch.py")
+  if min(args.batch_size, args.actors, args.cpus) < 1 or args.gpus < 0:
+    raise vlm.Fault("--batch-size, --actors and --cpus: at least 1; --gpus: at least 0")
   vlm.terminal.check_sampling(args)
   vlm.sampling(args)
   return args

@@ -503,7 +503,7 @@ class Run:
     vlm.log.info(self.told)
     args, patches = self.args, self.model.config.vision.patches
     held_out = self.trainer.batch(*self.data.held_out(), self.data.text)
-    every, start, first, tokens = -(-args.steps // args.reports), time.perf_counter(), self.done, 0
+    every, start, tokens = -(-args.steps // args.reports), time.perf_counter(), 0
     def batches(step):
       return [self.data.batch(step * args.accumulate + i) for i in range(args.accumulate)]
     with ThreadPoolExecutor(1) as pool:  # the next pictures are drawn or read while these are computed
@@ -518,7 +518,6 @@ class Run:
         self.losses.append(value)
         tokens += sum(patches + len(prefix) + len(answer) for rows, _ in found for prefix, answer in rows)
         spent = time.perf_counter() - start
-        left = spent / (self.done - first) * (args.steps - self.done)
         speed = f"{tokens / spent:.0f} tokens/s"
         vlm.terminal.bar(self.done, args.steps, f"steps, loss {value:.3f}, {speed}")
         if self.done % every == 0 or self.done == args.steps:
