@@ -52,7 +52,6 @@ ROUNDING = 2e-5  # the same sums in another order, in standard deviations
 # With the processor's bfloat16 instructions a matmul's input is rounded to 8 bits as well: 2^-9 an element, measured to
 # come to 0.02 in the logits of the tiny models. vlm.kernels.PORTABLE turns those instructions off; then the rest must be exact.
 BFLOAT16 = 0.05
-vlm.kernels.KEPT = 0  # tests put functions of their own into a model; those of test_fast.py keep programs
 SHORT, LONG = "detect cat ; dog", golden.PROMPTS[2]
 
 @functools.cache
@@ -735,6 +734,7 @@ def test_number_types(dtype, factor, folder, monkeypatch):
   tolerance = BFLOAT16 if dtype == "BF16" else ROUNDING
   fast = golden.next_logits(vlm.load(folder(small)), pixels()[0], SHORT)
   monkeypatch.setattr(vlm.kernels, "PORTABLE", True)
+  monkeypatch.setattr(vlm.kernels, "KEPT", 0)  # a kept program does not know of the factor
   (got,), got_logits = run(vlm.load(folder(small)), [pixels()[0]], [SHORT], max_tokens=8)
   monkeypatch.setattr(vlm, "truncate", {dtypes.float32: lambda value: factor})
   (right,), right_logits = run(vlm.load(folder(wide)), [pixels()[0]], [SHORT], max_tokens=8)

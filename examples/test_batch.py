@@ -35,7 +35,6 @@ PROMPT = golden.PROMPTS[1]
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  monkeypatch.setattr(vlm.kernels, "KEPT", 0)
 
 
 @functools.cache

@@ -27,11 +27,6 @@ BLOCKS = {"LayerNorm_0": "layer_norm1", "LayerNorm_1": "layer_norm2", "MlpBlock_
 HEADS = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "out_proj"}
 
 
-@pytest.fixture(autouse=True)
-def nothing_kept(monkeypatch):
-  monkeypatch.setattr(vlm.kernels, "KEPT", 0)
-
-
 def tensors(kind, rows=None):
   """A tiny folder as big_vision names, stacks and turns it: {name: array}, by einsums."""
   c, w = vlm.read_config(WEIGHTS / kind / "config.json"), vlm.read_weights(WEIGHTS / kind)

@@ -22,11 +22,6 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY, TOY, PROMPT = ROOT / "weights" / "tiny1", ROOT / "weights" / "toy", "caption en"
 
 
-@pytest.fixture(autouse=True)
-def nothing_kept(monkeypatch):
-  monkeypatch.setattr(vlm.kernels, "KEPT", 0)
-
-
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
   """packed(kind, bits) -> that checkpoint in so many bits, made once."""
