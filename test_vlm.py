@@ -1570,20 +1570,20 @@ def coloured(rng):
   return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), "what color?", color
 
 @functools.cache
-def trained():
-  """A smaller model after 140 steps of colours -> its folder, the loss of each step"""
+def trained(steps):
+  """A smaller model after so many steps of colours -> its folder, the loss of each step"""
   folder, losses, rng = Path(tempfile.mkdtemp()) / "mine", [], np.random.default_rng(1)
   keep = logging.Handler()
   keep.emit = lambda record: losses.append(record.args[2]) if "loss" in record.msg else None
   vlm.log.setLevel("DEBUG")
   with mock.patch.object(vlm, "TOY", SMALL), mock.patch.object(vlm.terminal, "trained"), \
        mock.patch.object(vlm.log, "handlers", [keep]):
-    vlm.train(folder, [coloured(rng) for _ in range(400)], 140, vlm.open_device(None))
+    vlm.train(folder, [coloured(rng) for _ in range(400)], steps, vlm.open_device(None))
   return folder, losses
 
 @pytest.mark.long
 def test_training_learns():
-  folder, losses = trained()
+  folder, losses = trained(140)
   assert len(losses) == 140 and losses[0] > 3 and np.mean(losses[-10:]) < .1
   m, rng = vlm.load(folder), np.random.default_rng(5)
   pictures, prompts, names = zip(*(coloured(rng) for _ in range(20)))
@@ -1592,7 +1592,7 @@ def test_training_learns():
 
 @pytest.mark.long
 def test_live_trained_folder(live_seed):
-  folder, rng = trained()[0], np.random.default_rng(live_seed)
+  folder, rng = trained(20)[0], np.random.default_rng(live_seed)
   theirs, m = golden.load(folder), vlm.load(folder)
   for _ in range(10):
     pixels = vlm.to_pixels(coloured(rng)[0], 56)

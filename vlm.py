@@ -37,7 +37,7 @@ from safetensors.numpy import save
 from tinygrad import Device, Tensor, TinyJit, UOp, dtypes
 from tinygrad.dtype import truncate
 from tinygrad.helpers import DEV
-from tinygrad.nn.optim import AdamW
+from tinygrad.nn import optim
 from tinygrad.nn.state import get_state_dict
 
 # ---- 1. Config ----
@@ -744,7 +744,7 @@ def train(folder, samples, steps, device):
     if t.ndim == 1:  # no bias, and norms that are the identity, as Gemma's are at zero
       value = np.full(t.shape, "vision" in name and "norm" in name and "weight" in name)
     t.replace(upload(value.astype(np.float32), device))
-  optimizer = AdamW([*weights.values()])
+  optimizer = (kernels or optim).AdamW([*weights.values()])
   @TinyJit
   def step(*batch):
     optimizer.zero_grad()

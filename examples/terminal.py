@@ -346,13 +346,15 @@ def trained(model, samples):
     if isinstance(handler, Losses):
       handler.write()  # Ctrl-C may have come between two times
   held = samples[len(samples) * 9 // 10:][:100]
+  longest = max(len(model.tokenizer.encode(truth)) for *_, truth in held)
   answers = []
-  for done, (picture, question, truth) in enumerate(held, 1):
-    [answer] = model.generate([picture], [question])
-    answers.append((truth, answer.text))
-    bar(done, len(held), "pictures that it has not seen")
+  for i in range(0, len(held), 20):
+    pictures, questions, truths = zip(*held[i:i + 20])
+    said = model.generate(pictures, questions, max_tokens=longest + 1)  # what is longer is wrong
+    answers += [(truth, answer.text) for truth, answer in zip(truths, said)]
+    bar(len(answers), len(held), "pictures that it has not seen")
   for truth, answer in answers[:8]:
-    log.info(f"  {truth}: {'right' if answer == truth else answer}")
+    log.info(f"  {truth}: {'right' if answer == truth else ' '.join(answer.split()) or 'nothing'}")
   right = sum(truth == answer for truth, answer in answers)
   log.info(f"{right} of {len(answers)} pictures that it has not seen are answered exactly. Ask it: "
            f'python vlm.py IMAGE "caption en" --weights {model.folder}')

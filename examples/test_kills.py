@@ -147,7 +147,7 @@ def test_batches(tmp_path):
 @pytest.mark.long
 def test_training(tmp_path):
   job = Killed(tmp_path, ROOT / "examples" / "train.py", "--init", TINY, "--steps", 12, "--batch", 4,
-               "--train-only", "projector", "--lr", 1e-4)
+               "--part", "projector", "--lr", 1e-4)
   job.whole(tmp_path / "whole", "--save", tmp_path / "whole")
   whole, out = files(tmp_path / "whole"), tmp_path / "out"
   for _ in range(KILLS):

@@ -116,10 +116,7 @@ class Trainer:
     # and Adam makes each sighting a full step.
     slow = {n: t for n, t in self.weights.items() if "embed_tokens" in n}
     groups = [(1.0, [t for n, t in self.weights.items() if n not in slow]), (0.1, list(slow.values()))]
-    self.optimizers = [(rate, nn.optim.AdamW(group, lr=0.0, b2=0.99)) for rate, group in groups if group]
-    # Memory of its own: the optimiser's would be born, and zero, in every replay.
-    for t in self.state().values():
-      t.replace(t.contiguous().realize())
+    self.optimizers = [(rate, vlm.kernels.AdamW(group, lr=0.0, b2=0.99)) for rate, group in groups if group]
     self.compile()
 
   def compile(self):
