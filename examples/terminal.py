@@ -353,8 +353,9 @@ def trained(model, samples):
     said = model.generate(pictures, questions, max_tokens=longest + 1)  # what is longer is wrong
     answers += [(truth, answer.text) for truth, answer in zip(truths, said)]
     bar(len(answers), len(held), "pictures that it has not seen")
+  line = lambda text: " ".join(text.split()) or "nothing"
   for truth, answer in answers[:8]:
-    log.info(f"  {truth}: {'right' if answer == truth else ' '.join(answer.split()) or 'nothing'}")
+    log.info(f"  {line(truth)}: {'right' if answer == truth else line(answer)}")
   right = sum(truth == answer for truth, answer in answers)
   log.info(f"{right} of {len(answers)} pictures that it has not seen are answered exactly. Ask it: "
            f'python vlm.py IMAGE "caption en" --weights {model.folder}')

@@ -317,6 +317,23 @@ def controlling(place):
   fcntl.ioctl(place, termios.TIOCSCTTY, 0)
 
 
+def test_what_a_new_model_answers_is_a_line_each(log, capsys):
+  """whatever it says: after a step or two that is often nothing but ends of lines"""
+  truths = ["a red circle", "a blue\nsquare", "a dog"] * 9
+  said = {"a red circle": "a red circle", "a blue\nsquare": "\n\n", "a dog": "a\n\ncat"}
+  asked = []
+  def generate(pictures, questions, max_tokens):
+    asked.append((len(questions), max_tokens))
+    return [types.SimpleNamespace(text=said[picture]) for picture in pictures]
+  model = types.SimpleNamespace(tokenizer=types.SimpleNamespace(encode=list), generate=generate, folder="mine")
+  vlm.terminal.trained(model, [("shown", "?", "shown")] * 243 + [(truth, "?", truth) for truth in truths])
+  assert asked == [(20, 14), (7, 14)]  # the longest has 13 tokens, and then an end
+  said = capsys.readouterr().err
+  lines = [line for line in said.splitlines() if line.startswith("  ")]
+  assert lines[:3] == ["  a red circle: right", "  a blue square: nothing", "  a dog: a cat"]
+  assert "9 of 27 pictures" in said
+
+
 # ---- without the packages ----
 @pytest.mark.parametrize("package", ["numpy", "PIL", "safetensors", "tinygrad", "sentencepiece"])
 def test_without_a_package(package, tmp_path):
