@@ -1585,6 +1585,8 @@ def trained(steps):
 def test_training_learns():
   folder, losses = trained(140)
   assert len(losses) == 140 and losses[0] > 3 and np.mean(losses[-10:]) < .1
+  # Biases and norms begin as one number each, which only a gradient makes several of.
+  assert not [name for name, t in vlm.read_weights(folder).items() if t.ndim == 1 and t.std() == 0]
   m, rng = vlm.load(folder), np.random.default_rng(5)
   pictures, prompts, names = zip(*(coloured(rng) for _ in range(20)))
   answers = m.generate(list(pictures), list(prompts), max_tokens=12)

@@ -512,7 +512,7 @@ def test_fine_tuning(data, tmp_path, monkeypatch, capsys):
 
 def test_the_toy_world_fits_other_tokenizers():
   codes = functools.partial(codebook.tokens, TOY / "vae-oid.npz")
-  for path, texts in ((TINY, 200), (None, 200)):
+  for path, texts in ((TINY, 50), (None, 50)):
     if not path:
       shapes.make_tokenizer("own.model")
     tokenizer = vlm.Tokenizer(path / "tokenizer.model" if path else "own.model")
