@@ -85,8 +85,8 @@ def watched_pass(model, images, prompts, answers, watch):
 
 
 def image_maps(gemma, image, *inputs):
-  """What `sequences` gives -> for each layer (B, T, P): the attention of each token of the text over the image
-  tokens, mean of all heads, not yet computed."""
+  """What `sequences` gives -> for each layer (B, T, P): the attention of each token of the text over the
+  image tokens, mean of all heads, not yet computed."""
   P, maps = image.shape[1], []
   def watch(q, k, v, scale, mask, softcap):
     # Only the text asks. The mask is not contiguous: in a compiled program a part of an input would be that
