@@ -467,7 +467,7 @@ def test_the_page_s_stream(server):
   assert np.abs(seen / 255 - maps / np.maximum(maps.max(1, keepdims=True), maps.max() / 4)).max() < 1.01 / 255
 
 # ---- many at once ----
-ROWS = [dict(prompt=prompt, picture=PICTURES[i % 5], max_tokens=(40, 7, 200)[i % 3], **more) for i, (prompt, more) in enumerate([
+ROWS = [dict(prompt=prompt, picture=PICTURES[i % 5], max_tokens=(40, 7, 60)[i % 3], **more) for i, (prompt, more) in enumerate([
   ("caption en", {}), (DETECT, {}), ("caption en", {"temperature": 5, "seed": 3}), ("segment purple square", {}),
   ("answer en how many shapes are there?", {"temperature": 4, "top_p": .9, "seed": 4}), ("detect blue square", {}),
   ("caption en", {"temperature": 6, "top_k": 20, "seed": 5}), ("caption en", {"temperature": 5, "seed": 2 ** 63})])]
