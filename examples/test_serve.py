@@ -307,6 +307,7 @@ def test_errors_are_the_api_s(server):
   assert (status, error["type"], error["param"], headers["Content-Type"]) == (
     400, "invalid_request_error", "temperature", "application/json")
   assert set(error) == {"message", "type", "param", "code"} and "0 to 100" in error["message"]
+  assert post(server, b"x" * (33 << 20))[0] == 413  # seen by a client that first sends all
   status, _, text = post(server, question(model="gpt-4o"))
   assert status == 404 and json.loads(text)["error"]["code"] == "model_not_found" and "there is toy" in text
   status, _, text = post(server, question(picture=[PICTURES[0], "data:,hello"]))
@@ -368,11 +369,14 @@ def test_while_loading():
 def test_queue_is_full(server, monkeypatch):
   monkeypatch.setattr(serve, "WAITING", 2)
   with ThreadPoolExecutor(2) as pool:
-    with together(server, 2):
-      others = [pool.submit(ask, server) for _ in range(2)]
-      until(lambda: len(server.waiting.questions) == 2)
-      status, headers, text = post(server, question())
-      assert status == 429 and headers["Retry-After"] == "1" and json.loads(text)["error"]["type"] == "rate_limit_error"
+    with together(server, 3):
+      others = [pool.submit(ask, server)]
+      with socket.create_connection(server.server_address) as client:
+        client.sendall(request(GOOD))
+        until(lambda: len(server.waiting.questions) == 2)
+        status, headers, text = post(server, question())
+        assert status == 429 and headers["Retry-After"] == "1" and json.loads(text)["error"]["type"] == "rate_limit_error"
+      others.append(pool.submit(ask, server))  # in the place of who has left
     assert {content(other.result()) for other in others} == {content(ask(server))}
 
 # ---- answers ----
@@ -495,11 +499,16 @@ def test_rows_are_answered_as_alone(server, monkeypatch, clients):
   assert sizes == [1, clients]
 
 
-def test_several_pictures(server):
+def test_several_pictures(server, monkeypatch):
+  """Asked by themselves, and not in a batch with one picture."""
   pair = [PICTURES[1], PICTURES[2]]
   prompt = "answer en what is different between the first picture and the second?"
   right = toy().generate([pair], [prompt])[0]
-  assert content(ask(server, prompt, pair)) == right.text
+  with watch(monkeypatch) as sizes, ThreadPoolExecutor(2) as pool:
+    with together(server, 2):
+      one, two = pool.submit(ask, server), pool.submit(ask, server, prompt, pair)
+    assert content(one.result()).endswith("yellow star") and content(two.result()) == right.text
+  assert sizes == [1, 1, 1]
 
 
 def test_a_batch_fits_into_the_context(server, monkeypatch):
