@@ -7,23 +7,20 @@
     POST /ask                   the same question; what comes of it token by token, for the page
 
 One thread owns the model and answers what waits, up to eight questions at once; each connection has a thread
-that reads the question and writes the answer. PaliGemma has no conversation: the last user message is the
+that reads one request and writes its answer. PaliGemma has no conversation: the last user message is the
 question, with its own pictures, and what stands before it is ignored, a system message too.
 """
 import base64
-import binascii
 import codecs
+import collections
 import contextlib
-import hmac
 import io
-import ipaddress
 import itertools
 import json
 import os
 import queue
 import re
 import secrets
-import selectors
 import socket
 import socketserver
 import sys
@@ -31,195 +28,198 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from urllib.parse import urlsplit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vlm.py, wherever this is started from
 import vlm  # first, because it says what is not installed
 import numpy as np
 from PIL import Image
-from show import attention_weights
+import show
 from vlm import Fault
 
-HERE = Path(__file__).resolve().parent
+PAGE, SHAPES = (Path(__file__).resolve().with_name(name) for name in ("page.html", "shapes.png"))
 SIZES = 1, 2, 4, 8       # rows of a batch: others are filled up, so that few programs serve all
-TEXT, ANSWER, STEP = 32, 256, 256  # tokens: room for a usual prompt and answer, and by what a cache grows
-WATCHED = 64             # tokens of prompt and answer in the usual pass that watches the attention
-WAITING = 32             # questions in the queue
-PICTURES, BODY, BODIES = 16, 32 << 20, 256 << 20  # of a request; bytes of a request, and of all at once
-CONNECTIONS, SILENCE, READING = 256, 30, 120      # at once; seconds without a byte, and for a whole request
-POLL = getattr(selectors, "PollSelector", selectors.SelectSelector)  # Windows has the second only
-SOON = {"Retry-After": "1"}
+TEXT, ANSWER = 32, 256   # tokens: room for a usual prompt and answer
+WATCHED = 64             # tokens of prompt and answer that one pass which watches the attention has room for
 RARE = 8                 # programs of unusual shapes that are kept
-FORMATS = "PNG", "JPEG", "WEBP", "GIF"
+WAITING = 32             # questions in the queue
+PICTURES, BODY = 16, 32 << 20  # most of a request; bytes of one
+CONNECTIONS, SILENCE = 64, 30  # that have not asked yet; seconds without a byte
 PICTURE = re.compile(r"data:(?:image/(?:png|jpe?g|webp|gif))?(?:;[\w.=-]+)*;base64,", re.I)
-POLICY = ("default-src 'none'; img-src 'self' data: blob:; style-src 'unsafe-inline'; "
-          "script-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
-          "frame-ancestors 'none'")
+POLICY = ("default-src 'none'; img-src 'self' data: blob:; style-src 'unsafe-inline'; connect-src 'self'; "
+          "script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 KNOWN = {"messages", "model", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "seed",
-         "stop", "stream", "stream_options"}
-HARMLESS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
-# What the API can do and PaliGemma cannot, with the values that ask for nothing.
-NOTHING = {"n": 1, "frequency_penalty": 0, "presence_penalty": 0, "logprobs": False, "top_logprobs": 0,
-           "logit_bias": {}, "tools": [], "tool_choice": "none", "parallel_tool_calls": True,
-           "response_format": {"type": "text"}, "modalities": ["text"]}
+         "stop", "stream", "stream_options", "user", "metadata", "store"}  # the last three change no answer
+NOTHING = {"n": 1, "response_format": {"type": "text"}}  # asks for nothing beyond what there is
+SOON = {"Retry-After": 1}
+
+
+# ---- 1. A question ----
 
 
 class Refusal(Exception):
   """Why a request is not answered, as the API says it."""
-  def __init__(self, status, message, param=None, code=None, **headers):
+  def __init__(self, message, param=None, code=None, status=400, **headers):
     super().__init__(message)
-    kind = {429: "rate_limit_error"}.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    kind = "rate_limit_error" if status == 429 else kind
     self.status, self.headers = status, headers
     self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-# ---- 1. A question ----
+def need(right, *why, **more):
+  if not right:
+    raise Refusal(*why, **more)
 
 
 def read_picture(url, param, side):
   """A data: URL -> float32 (3, S, S), and the picture's width and height. Nothing else is ever opened.
   Raises Refusal."""
   found = isinstance(url, str) and PICTURE.match(url)
-  if not found:
-    raise Refusal(400, "a picture is a data: URL of a png, jpeg, webp or gif in base64; paths and other "
-                  "addresses are not opened", param)
+  need(found, "a picture is a data: URL in base64; no path and no other address is opened", param)
   try:
-    data = re.sub(r"\s|=+$", "", url[found.end():])
-    data = base64.b64decode(data + "=" * (-len(data) % 4), validate=True)
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+    data = base64.b64decode(url[found.end():] + "==")  # which some leave out; too many do no harm
+    with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP", "GIF")) as image:
       image = vlm.open_image(image)
     return vlm.to_pixels(image, side)[0], image.size
-  except Exception as e:  # Pillow's readers raise whatever they stumble over
-    why = {binascii.Error: "not base64", Image.DecompressionBombError: "too large"}.get(type(e))
-    raise Refusal(400, f"the picture is {why or 'not of these kinds, or damaged'}", param,
-                  "invalid_image") from None
+  except Exception:  # Pillow's readers raise whatever they stumble over
+    raise Refusal("the picture is damaged, too large, or no png, jpeg, webp or gif", param) from None
 
 
-def read_message(body):
-  """-> the pictures' URLs, each with its place, and the text of the last user message. Raises Refusal."""
-  messages = body.get("messages")
-  if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-    raise Refusal(400, "messages is a list of objects with role and content", "messages")
+def read_message(messages):
+  """-> the URLs of the last user message's pictures, each with its place in the request, and its text. Raises
+  Refusal."""
+  right = isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
+  need(right, "messages is a list of objects with role and content", "messages")
   asked = [i for i, message in enumerate(messages) if message.get("role") == "user"]
-  if not asked:
-    raise Refusal(400, "messages has none of the user", "messages")
+  need(asked, "messages has none of the user", "messages")
   place, urls, texts = f"messages[{asked[-1]}].content", [], []
   content = messages[asked[-1]].get("content")
   parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
   for i, part in enumerate(parts if isinstance(parts, list) else [None]):
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind == "text" and isinstance(part.get("text"), str):
-      texts.append(part["text"])
-    elif kind == "image_url":
-      url = part.get("image_url")
+    part = part if isinstance(part, dict) else {}
+    url = part.get("image_url")
+    if part.get("type") == "image_url":
       urls.append((url.get("url") if isinstance(url, dict) else url, f"{place}[{i}].image_url"))
     else:
-      raise Refusal(400, "content is a text, or a list of parts of type text and image_url", place)
-  if not 1 <= len(urls) <= PICTURES:
-    raise Refusal(400, f"the last user message has {len(urls)} pictures; it needs 1 to {PICTURES}, as parts "
-                  "of type image_url", place)
-  prompt = " ".join(filter(None, (text.strip() for text in texts)))
-  if not prompt:
-    raise Refusal(400, "the last user message has no text", place)
+      right = part.get("type") == "text" and isinstance(part.get("text"), str)
+      need(right, "content is a text, or a list of parts of type text and image_url", place)
+      texts.append(part["text"].strip())
+  prompt = " ".join(filter(None, texts))
+  need(prompt, "the last user message has no text", place)
+  need(1 <= len(urls) <= PICTURES, f"the last user message has {len(urls)} pictures; it needs 1 to "
+       f"{PICTURES}, as parts of type image_url", place)
   return urls, prompt
 
 
-def number(body, name, kind, low, high, default=None):
-  """A number of a request; null is the default. Raises Refusal."""
+def number(body, name, kind, low, high):
+  """A number of a request, None where there is none. Raises Refusal."""
   value = body.get(name)
   if value is None:
-    return default
-  if isinstance(value, bool) or not isinstance(value, (int, kind)) or not low <= value <= high:
-    what = "a whole number" if kind is int else "a number"
-    raise Refusal(400, f"{name} is {what} from {low:g} to {high:g}", name)
+    return None
+  right = isinstance(value, (int, kind)) and not isinstance(value, bool) and low <= value <= high
+  need(right, f"{name} is a {'whole ' * (kind is int)}number from {low:g} to {high:g}", name)
   return kind(value)
 
 
 class Question:
-  """One row of a batch: what was asked, checked, and the queue of what comes of it: ("token", id, text),
-  ("codes", 16 codes, logits (64, 64)), ("end", "stop" or "length", seconds), ("attention", uint8 (N, P)),
-  ("over",), or ("error", exception) or ("left",)."""
-  def __init__(self, model, body, connection, watched):
-    self.connection, self.watched = connection, watched
-    odd = [key for key in body if key not in KNOWN | HARMLESS and body[key] is not None
-           and not (key in NOTHING and body[key] == NOTHING[key])]
-    if odd:
-      raise Refusal(400, f"{odd[0]}: this server cannot do that; leave it out", odd[0],
-                    "unsupported_parameter")
-    if body.get("model") not in (None, name := model_name(model)):
-      raise Refusal(404, f"there is no such model here; there is {name}", "model", "model_not_found")
-    for key, kind in (("stream", bool), ("stream_options", dict)):
-      if not isinstance(body.get(key), kind | None):
-        raise Refusal(400, f"{key} is not what the API has there", key)
-    urls, prompt = read_message(body)
-    try:
-      self.prompt = model.tokenizer.prompt(prompt)
-    except Fault as e:
-      raise Refusal(400, str(e), "messages") from None
-    config = model.config
-    self.pictures, self.image_tokens = len(urls), config.vision.patches * len(urls)
-    room = config.text.max_position_embeddings - self.image_tokens - len(self.prompt)
-    if room < 1:
-      raise Refusal(400, f"{self.image_tokens} tokens of pictures and {len(self.prompt)} of text do not fit "
-                    f"into the context of {config.text.max_position_embeddings}; shorten the text, or send fewer "
-                    "pictures", "messages", "context_length_exceeded")
-    asked = [number(body, key, int, 1, 2 ** 53) for key in ("max_completion_tokens", "max_tokens")]
-    options = {"top_k": number(body, "top_k", int, 0, 2 ** 31, 0),
-               "top_p": number(body, "top_p", float, 1e-6, 1, 1.0),
-               "temperature": number(body, "temperature", float, 0, 100, 0.0)}
-    seed = number(body, "seed", int, -2 ** 63, 2 ** 64 - 1)
-    try:
-      self.sampling = vlm.Sampling(max_tokens=min(asked[0] or asked[1] or ANSWER, room), **options)
-    except Fault:
-      raise Refusal(400, "temperature is 0, or from 1e-6", "temperature") from None
-    self.rng = np.random.default_rng(None if seed is None else seed % 2 ** 64)
-    stop = body.get("stop")
+  """One row of a batch: what is asked, and what comes of it, from the model's thread through a queue to that
+  of its connection. client: a socket that does not wait. Raises Refusal."""
+  def __init__(self, model, body, client, watched=False):
+    for key, value in body.items():
+      able = key in KNOWN or not value or value == NOTHING.get(key)
+      need(able, f"{key}: this server cannot do that; leave it out", key, "unsupported_parameter")
+    name, stop, seed = model_name(model), body.get("stop"), number(body, "seed", int, -2 ** 63, 2 ** 64 - 1)
+    need(body.get("model") in (None, name), f"there is no such model here; there is {name}", "model",
+         "model_not_found", 404)
+    self.stream, options = body.get("stream") or False, body.get("stream_options") or {}
+    need(isinstance(self.stream, bool), "stream is true or false", "stream")
+    need(isinstance(options, dict), "stream_options is an object", "stream_options")
     self.stop = [] if stop is None else [stop] if isinstance(stop, str) else stop
-    if not isinstance(self.stop, list) or not all(isinstance(s, str) and s for s in self.stop) \
-        or len(self.stop) > 4:
-      raise Refusal(400, "stop is a text, or a list of up to four", "stop")
-    self.pixels, sizes = zip(*(read_picture(url, param, config.vision.image_size) for url, param in urls))
+    right = isinstance(self.stop, list) and all(s and isinstance(s, str) for s in self.stop)
+    need(right and len(self.stop) <= 4, "stop is a text, or a list of up to four", "stop")
+    most = [number(body, key, int, 1, 2 ** 53) for key in ("max_completion_tokens", "max_tokens")]
+    urls, self.asked = read_message(body.get("messages"))
+    vision, context = model.config.vision, model.config.text.max_position_embeddings
+    self.pictures, self.image_tokens = len(urls), vision.patches * len(urls)
+    try:
+      self.prompt = model.tokenizer.prompt(self.asked)
+      room = context - self.image_tokens - len(self.prompt)
+      need(room > 0, f"{self.image_tokens} tokens of pictures and {len(self.prompt)} of text do not fit into "
+           f"the context of {context}; shorten the text, or send fewer pictures", "messages")
+      self.sampling = vlm.Sampling(max_tokens=min(most[0] or most[1] or ANSWER, room),
+                                   temperature=number(body, "temperature", float, 0, 100) or 0.0,
+                                   top_k=number(body, "top_k", int, 0, 2 ** 31) or 0,
+                                   top_p=number(body, "top_p", float, 1e-6, 1) or 1.0)
+    except Fault as e:
+      raise Refusal(str(e)) from None
+    self.pixels, sizes = zip(*(read_picture(url, param, vision.image_size) for url, param in urls))
     self.size = sizes[0]  # that boxes are in
-    self.events, self.utf8 = queue.SimpleQueue(), codecs.getincrementaldecoder("utf-8")(errors="replace")
-    self.tokens, self.held, self.codes, self.live, self.reason = [], "", (), True, None
-    self.began, self.done = None, threading.Event()
+    self.rng = np.random.default_rng(None if seed is None else seed % 2 ** 64)
+    self.client, self.watched, self.usage = client, watched, options.get("include_usage")
+    self.tokens, self.text, self.held, self.codes, self.masks = [], "", "", (), {}
+    self.utf8, self.began = codecs.getincrementaldecoder("utf-8")(errors="replace"), None
+    self.queue, self.live, self.done, self.reason = queue.SimpleQueue(), True, threading.Event(), None
 
   def left(self):
     """Whether who asked has gone."""
     try:
-      with POLL() as poll:
-        poll.register(self.connection, selectors.EVENT_READ)
-        return bool(poll.select(0)) and not self.connection.recv(1, socket.MSG_PEEK)
-    except (OSError, ValueError):  # a closed one has no number any more
+      return not self.client.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:  # nothing more has come from there
+      return False
+    except OSError:
       return True
 
-  def drop(self, *why):
-    self.live = self.watched = False
-    self.events.put(why)
+  def close(self, why=None):
+    """Nothing more comes. why: an exception, if the answer is not whole."""
+    self.live = False
+    self.queue.put(why)
     self.done.set()
 
-  def take(self, id, tokenizer, eos):
-    """The next token -> the 16 codes of a mask that it completes, or None."""
-    end, self.began = id in eos, self.began or time.perf_counter()
-    piece = b"" if end else tokenizer.piece(id)
+  def take(self, id, model, masks):
+    """The next token."""
+    end, self.began = id in model.config.eos, self.began or time.perf_counter()
+    piece = b"" if end else model.tokenizer.piece(id)
     self.tokens += [] if end else [id]
-    full = len(self.tokens) == self.sampling.max_tokens
-    self.held += self.utf8.decode(piece, final=end or full)
-    cut = min((self.held.find(s) for s in self.stop if s in self.held), default=None)
-    sure = len(self.held) if end or full else self.unsettled()
-    text, self.held = self.held[:sure if cut is None else cut], self.held[sure:]
-    if text or not end:
-      self.events.put(("token", None if end else id, text))
-    if end or full or cut is not None:
-      self.reason = "length" if full and cut is None and not end else "stop"
+    last = end or len(self.tokens) == self.sampling.max_tokens
+    self.held += self.utf8.decode(piece, final=last)
+    stops = [self.held.find(s) for s in self.stop if s in self.held]
+    sure = min(stops) if stops else len(self.held) if last else self.settled()
+    text, self.held = self.held[:sure], self.held[sure:]
+    self.text += text
     code = re.fullmatch(rb"<seg(\d{3})>", piece)
     self.codes = (*self.codes, int(code[1])) if code else ()
-    return self.codes if len(self.codes) == 16 else None
+    if len(self.codes) == 16 and masks.path:
+      self.masks[self.codes] = masks.logits(self.codes)
+    if text or not end:
+      self.queue.put({"token": text, "id": None if end else id})
+    if last or stops:
+      self.live, self.reason = False, "stop" if end or stops else "length"
+      self.queue.put({"end": self.reason, "tokens": len(self.tokens), "text": self.text,
+                      "seconds": time.perf_counter() - self.began})
+    if not self.live and not self.watched:
+      self.close()
 
-  def unsettled(self):
-    """Where in the text something begins that may become a stop."""
-    ends = [len(self.held) - n for s in self.stop for n in range(1, len(s)) if self.held.endswith(s[:n])]
-    return min(ends, default=len(self.held))
+  def settled(self):
+    """How much of the text cannot become a stop any more."""
+    starts = [len(self.held) - n for s in self.stop for n in range(1, len(s)) if self.held.endswith(s[:n])]
+    return min(starts, default=len(self.held))
+
+  def events(self):
+    """Yields what comes, as /ask sends it: {"token", "id"}; {"object", "label", "box"} of the box that has
+    this number, again when its label grows, and once with its "mask"; {"end", "tokens", "text", "seconds"};
+    if it is watched, {"attention"}, of each token uint8 (P,). Raises Refusal, OSError if the client left."""
+    draw, text, told = vlm.beside("draw"), "", {}
+    for event in iter(self.queue.get, None):
+      if isinstance(event, Exception):
+        raise event
+      yield event
+      text += event.get("token", "")
+      for i, box in enumerate(vlm.parse_boxes(text, *self.size)):
+        logits, (label, drawn) = self.masks.get(box.codes), told.get(i, (None, False))
+        if box.label != label or drawn != (logits is not None):
+          told[i] = box.label, logits is not None
+          mask = draw.paste(logits, box.box, *self.size) if logits is not None and not drawn else None
+          yield {"object": i} | draw.entry(box, mask)
 
 
 # ---- 2. The model's thread ----
@@ -231,18 +231,17 @@ class Waiting:
     self.questions, self.changed = [], threading.Condition()
 
   def add(self, question):
+    """Raises Refusal."""
     with self.changed:
-      if len(self.questions) >= WAITING:
-        for gone in [other for other in self.questions if other.left()]:
-          self.questions.remove(gone)
-          gone.drop("left")
-      if len(self.questions) >= WAITING:
-        raise Refusal(429, f"{WAITING} questions are waiting already; try again", code="queue_full", **SOON)
+      self.forget_gone()
+      need(len(self.questions) < WAITING, f"{WAITING} questions are waiting already; try again", status=429,
+           code="queue_full", **SOON)
       self.questions.append(question)
       self.changed.notify()
 
   def batch(self, context):
-    """Waits -> up to eight questions with as many pictures as the first, which fit the context together."""
+    """Waits -> up to eight questions with equally many pictures, which fit the context together; none where
+    who asked has gone."""
     with self.changed:
       while not self.questions:
         self.changed.wait()
@@ -250,32 +249,34 @@ class Waiting:
       while before < len(self.questions) < SIZES[-1]:  # those who ask together are a moment apart
         before = len(self.questions)
         self.changed.wait(.004)
+      self.forget_gone()
       chosen = []
-      for question in list(self.questions):
-        if len(chosen) < SIZES[-1] and question.pictures == self.questions[0].pictures \
-            and shape([*chosen, question], context)[0] >= longest([*chosen, question]):
-          chosen.append(question)
+      for question in self.questions:
+        rows = [*chosen, question]
+        alike = question.pictures == rows[0].pictures and sum(needs(rows)) <= context
+        chosen = rows if alike and len(rows) <= SIZES[-1] else chosen
       self.questions = [question for question in self.questions if question not in chosen]
     return chosen
 
+  def forget_gone(self):
+    for gone in [question for question in self.questions if question.left()]:
+      self.questions.remove(gone)
+      gone.close(ConnectionAbortedError())
 
-def longest(rows):
-  return max(len(row.prompt) for row in rows)
 
-
-def shape(rows, context):
-  """-> T, the slots for text, and C, all of a cache: few different ones, so that few programs are needed."""
-  P, most = rows[0].image_tokens, max(row.sampling.max_tokens for row in rows)
-  T = min(max(TEXT, 1 << (longest(rows) - 1).bit_length()), context - P - most)
-  need = P + T + most
-  C = -(-need // STEP) * STEP if need <= 4 * STEP else 1 << (need - 1).bit_length()
-  return T, min(C, context)
+def needs(rows):
+  """-> how many tokens their pictures, their longest prompt and their longest answer have."""
+  longest, most = max(len(row.prompt) for row in rows), max(row.sampling.max_tokens for row in rows)
+  return rows[0].image_tokens, longest, most
 
 
 def prefill(model, rows):
-  """VLM.prefix for rows of tokens, with the sizes of `shape` -> token (B,), logits (B, V), positions (B, C)
-  on the device, the next slot."""
-  P, (T, C) = rows[0].image_tokens, shape(rows, model.config.text.max_position_embeddings)
+  """VLM.prefix for rows of tokens, T being at least TEXT, for few programs -> token (B,), logits (B, V),
+  positions (B, C) on the device, the next slot."""
+  (P, longest, most), context = needs(rows), model.config.text.max_position_embeddings
+  T = min(max(TEXT, 1 << (longest - 1).bit_length()), context - P - most)
+  C = P + T + most
+  C = min(C + -C % 256, context)
   image = np.concatenate([model.vision(pixels)[1] for row in rows for pixels in row.pixels])
   ids = np.array([[0] * (T - len(row.prompt)) + row.prompt for row in rows])
   positions = vlm.layout([len(row.prompt) for row in rows], P, T, C)
@@ -286,115 +287,84 @@ def prefill(model, rows):
 
 def answer(model, masks, rows):
   """Each row as it would be alone. Ends when all have ended or left."""
-  filled = rows + rows[-1:] * (next(size for size in SIZES if size >= len(rows)) - len(rows))
-  token, logits, positions, slot = prefill(model, filled)
+  size = next(size for size in SIZES if size >= len(rows))
+  token, logits, positions, slot = prefill(model, rows + rows[-1:] * (size - len(rows)))
   for step in itertools.count():
     if step:
       token, logits = model.decode(token, slot + step - 1, positions)
-    token, drawn = token.numpy(), None
+    token = token.numpy()
+    logits = logits.numpy() if any(row.live and row.sampling.temperature for row in rows) else None
     for i, row in enumerate(rows):
       if row.live and row.left():
-        row.drop("left")
+        row.close(ConnectionAbortedError())
       elif row.live and token[i] < 0:
         raise Fault("the logits are NaN: the weights are damaged, or too large for their number type", code=1)
       elif row.live:
         if row.sampling.temperature:
-          drawn = logits.numpy() if drawn is None else drawn
-          token[i] = row.sampling.draw(drawn[i], row.rng)
-        codes = row.take(int(token[i]), model.tokenizer, model.config.eos)
-        if codes and masks.path:
-          row.events.put(("codes", codes, masks.logits(codes)))
-        if row.reason:
-          row.live = False
-          row.events.put(("end", row.reason, time.perf_counter() - row.began))
-          row.done.set()
+          token[i] = row.sampling.draw(logits[i], row.rng)
+        row.take(int(token[i]), model, masks)
     if not any(row.live for row in rows):
       return
 
 
 def attention(model, row):
   """What chose each of N tokens: attention over P image tokens, mean of heads and layers -> uint8 (N, P),
-  each to its own largest. This is the pass of examples/show.py as one program, kept for the next answer."""
-  c, gemma, P = model.config.text, model.net.language_model, row.image_tokens
-  lengths = len(row.prompt), len(row.tokens)
-  T = min(max(WATCHED, 1 << (sum(lengths) - 1).bit_length()), c.max_position_embeddings - P)
-  sequence = vlm.collate(c, P, [(row.prompt, row.tokens)], T)
-  ids, _, *rest = (vlm.upload(t, model.device) for t in sequence)
-  image = vlm.upload(np.concatenate([model.vision(pixels)[1] for pixels in row.pixels])[None], model.device)
-  def run(image, ids, full, sliding, cos, sin):
-    maps, plain = [], vlm.attention
-    def watched(q, k, v, scale, mask, softcap):
-      # Only the text asks. Not contiguous: a part of an input would be that of the first call, for ever.
-      asked = q[:, :, P:].contiguous(), k, scale, mask[:, :, :, P:], softcap
-      maps.append(attention_weights(*asked)[..., :P].mean(1).contiguous())
-      return plain(q, k, v, scale, mask, softcap)
-    vlm.attention = watched
-    try:
-      gemma(image.cat(gemma.embed(ids), dim=1), cos, sin, (full, sliding))
-    finally:
-      vlm.attention = plain
+  each to its own largest. As examples/show.py has it, but as one program, kept for the next answer."""
+  inputs, [start] = show.sequences(model, [list(row.pixels)], [row.asked], [row.tokens], WATCHED)
+  gemma, key = model.net.language_model, ("attention", *inputs[0].shape, *inputs[1].shape)
+  def run(*inputs):
+    maps = show.image_maps(gemma, *inputs)
     return (sum(maps) / len(maps)).contiguous()
-  key = "attention", P, T
   if key not in model.programs:
-    source = Path(vlm.__file__).read_text()  # a program that is kept on disk is of this vlm.py
-    model.programs[key] = vlm.capture(run, model.device, key, model.config, source)
-  maps = model.programs[key](image, ids, *rest).numpy()[0, lengths[0] - 1:sum(lengths) - 1]
+    sources = [Path(module.__file__).read_text() for module in (vlm, show)]  # that a kept program is made of
+    model.programs[key] = vlm.capture(run, model.device, key, model.config, sources)
+  maps = model.programs[key](*inputs).numpy()[0, start - 1:start - 1 + len(row.tokens)]
   return np.uint8(.5 + 255 * maps / np.maximum(maps.max(1, keepdims=True), maps.max() / 4).clip(1e-30))
 
 
-def forget(model, usual):
-  """Programs and caches of unusual shapes, when there are too many of them."""
-  if len(model.programs) > len(usual) + RARE:
-    model.programs = {key: program for key, program in model.programs.items() if key in usual}
-    kept = {(key[1], key[-1]) for key in usual if key[0] == "prefill"}
-    model.caches = {key: cache for key, cache in model.caches.items() if key in kept}
-
-
 def work(model, masks, waiting, usual):
-  """Answers what waits, for ever."""
+  """Answers what waits, for ever. usual: keys of programs and caches to keep."""
   while True:
-    rows = [row for row in waiting.batch(model.config.text.max_position_embeddings)]
-    for gone in [row for row in rows if row.left()]:
-      rows.remove(gone)
-      gone.drop("left")
+    rows = waiting.batch(model.config.text.max_position_embeddings)
     try:
       with model.turns:
         if rows:
           answer(model, masks, rows)
         for row in rows:
-          if row.watched and row.tokens and not row.left():
-            row.events.put(("attention", attention(model, row)))
-          row.events.put(("over",))
-        forget(model, usual)
+          if not row.done.is_set() and row.tokens and not row.left():
+            maps = [base64.b64encode(line.tobytes()).decode() for line in attention(model, row)]
+            row.queue.put({"attention": maps})
+          row.close()
+        if len(set(model.programs) - usual) > RARE:
+          for kept in (model.programs, model.caches):  # together, since programs write into their caches
+            for key in set(kept) - usual:
+              del kept[key]
     except Exception as e:  # whatever it is, the next question is another one
       vlm.log.critical(f"serve: {e or type(e).__name__}")
       for row in rows:
-        row.drop("error", e)
+        row.close(Refusal(str(e) if isinstance(e, Fault) else "the server failed", status=500))
 
 
 def warm(model, masks):
-  """Runs every program that usual questions need -> their keys."""
-  blank = {"messages": [{"role": "user", "content": [{"type": "text", "text": "caption en"}, {
-    "type": "image_url", "image_url": "data:;base64," + base64.b64encode(SHAPES.read_bytes()).decode()}]}]}
+  """Runs every program that usual questions need -> the keys of these and their caches."""
+  url = "data:;base64," + base64.b64encode(SHAPES.read_bytes()).decode()
+  parts = [{"type": "text", "text": "caption en"}, {"type": "image_url", "image_url": url}]
+  row = Question(model, {"messages": [{"role": "user", "content": parts}]}, None)
   for done, size in enumerate(SIZES):
     vlm.terminal.bar(done, len(SIZES) + 1, f"warming: {size} question{'s' * (size > 1)} at once")
-    rows = [Question(model, blank | {"temperature": 1, "seed": 0}, None, False) for _ in range(size)]
-    token, logits, positions, slot = prefill(model, rows)
+    token, _, positions, slot = prefill(model, [row] * size)
     token, logits = model.decode(token.numpy(), slot, positions)
     token.numpy(), logits.numpy()
   vlm.terminal.bar(len(SIZES), len(SIZES) + 1, "warming: masks and attention")
   if masks.path:
     masks.logits((0,) * 16)
-  rows[0].tokens = [0]
-  attention(model, rows[0])
+  row.tokens = [0]
+  attention(model, row)
   vlm.terminal.bar(1, 1, "ready")
-  return set(model.programs)
+  return {*model.programs, *model.caches}
 
 
 # ---- 3. The server ----
-
-
-SHAPES, PAGE = HERE / "shapes.png", HERE / "page.html"
 
 
 def model_name(model):
@@ -402,67 +372,57 @@ def model_name(model):
 
 
 class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
-  """A thread for each connection. model: None until it can answer. When there are too many connections the
-  oldest of those that have not asked anything is closed."""
+  """A thread for each connection. model: None until it can answer. silent: the connections that have not
+  asked yet; of too many the oldest is closed."""
   daemon_threads, request_queue_size = True, 1024
   allow_reuse_address = os.name == "posix"  # elsewhere it would let two servers have one port
 
   def __init__(self, args):
     self.args, self.model, self.waiting, self.created = args, None, Waiting(), int(time.time())
-    self.open, self.reading, self.lock, self.bytes = set(), {}, threading.Lock(), 0
+    self.silent = collections.OrderedDict()
     self.decoding = threading.Semaphore(2)  # pictures: a large one takes much memory until it is small
     self.address_family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
     try:
       super().__init__((args.host, args.port), Handler)
     except (OSError, OverflowError) as e:
-      raise Fault(f"{args.host}, port {args.port}: {getattr(e, 'strerror', None) or e}; choose another --port "
-                  "or --host", code=1) from None
+      why = getattr(e, "strerror", None) or e
+      raise Fault(f"{args.host}, port {args.port}: {why}; choose another --port or --host", code=1) from None
     self.address = f"http://{f'[{args.host}]' if ':' in args.host else args.host}:{self.server_address[1]}"
 
   def process_request(self, request, client_address):
-    with self.lock:
-      if len(self.open) >= CONNECTIONS and self.reading:
-        with contextlib.suppress(OSError):
-          oldest = next(iter(self.reading))
-          del self.reading[oldest]
-          oldest.shutdown(socket.SHUT_RDWR)
-      self.open.add(request)
-      self.reading[request] = True
+    self.silent[request] = True
+    if len(self.silent) > CONNECTIONS:
+      with contextlib.suppress(OSError):  # it may just be closing
+        self.silent.popitem(last=False)[0].shutdown(socket.SHUT_RDWR)
     super().process_request(request, client_address)
 
   def shutdown_request(self, request):
-    with self.lock:
-      self.open.discard(request)
-      self.reading.pop(request, None)
+    self.silent.pop(request, None)
     super().shutdown_request(request)
 
   def handle_error(self, request, client_address):
-    e = sys.exception() if hasattr(sys, "exception") else sys.exc_info()[1]
-    if not isinstance(e, OSError):  # a client that has gone
-      vlm.log.critical(f"serve: {type(e).__name__}: {e}")
-
-  @contextlib.contextmanager
-  def room(self, size):
-    """For a request's body: who sends many large ones has to wait. Raises Refusal."""
-    with self.lock:
-      if self.bytes + size > BODIES:
-        raise Refusal(429, "too much is being sent at once; try again", code="queue_full", **SOON)
-      self.bytes += size
-    try:
-      yield
-    finally:
-      with self.lock:
-        self.bytes -= size
+    pass  # a client that has gone: Handler.respond tells of all else
 
 
 class Handler(BaseHTTPRequestHandler):
+  """One request of a connection."""
   protocol_version, timeout, server_version, sys_version = "HTTP/1.1", SILENCE, "vlm", ""
 
-  # What the base class finds wrong is said as everything else.
-  def send_error(self, code, message=None, explain=None):
-    status = {501: 405, 505: 400}.get(code, code)
-    self.close_connection, self.request_version = True, "HTTP/1.1"  # which the request may not have named
-    self.send(status, Refusal(status, message or "bad request").body)
+  def setup(self):
+    super().setup()
+    self.begun, self.watch = False, self.connection.dup()
+    self.watch.setblocking(False)  # for Question.left
+
+  def finish(self):
+    """What a client is still sending is read and thrown away, or it would never see the answer."""
+    self.watch.close()
+    with contextlib.suppress(OSError):
+      self.connection.shutdown(socket.SHUT_WR)
+      self.connection.settimeout(1)
+      end = time.monotonic() + 10
+      while time.monotonic() < end and self.connection.recv(1 << 16):
+        pass
+    super().finish()
 
   def log_message(self, *args):
     pass
@@ -472,105 +432,77 @@ class Handler(BaseHTTPRequestHandler):
       return super().parse_request()
     except TimeoutError:
       self.send_error(408, "the request did not end")
-      return False
 
-  def finish(self):
-    """What a client is still sending is read and thrown away, or it would never see the answer."""
-    with contextlib.suppress(OSError, ValueError):
-      self.wfile.flush()
-      self.connection.shutdown(socket.SHUT_WR)
-      self.connection.settimeout(1)
-      end = time.monotonic() + 10
-      while time.monotonic() < end and self.connection.recv(1 << 16):
-        pass
-    with contextlib.suppress(OSError):
-      super().finish()
+  def send_error(self, code, message=None, explain=None):
+    """What the base class finds wrong, said as everything else."""
+    self.request_version = "HTTP/1.1"  # which the request may not have named
+    self.fail(Refusal(message or "bad request", status={501: 405, 505: 400}.get(code, code)))
 
-  def do_GET(self):
-    self.answer("GET")
-
-  def do_POST(self):
-    self.answer("POST")
-
-  def do_OPTIONS(self):
-    self.answer("OPTIONS")
-
-  def answer(self, method):
-    self.began = False
+  def respond(self):
+    path = self.path.partition("?")[0]
     try:
-      self.check(method)
-      path = urlsplit(self.path).path
-      if path not in ROUTES:
-        raise Refusal(404, "there is nothing here", code="not_found")
-      if method == "OPTIONS" and self.server.args.allow_origin:
-        return self.send(204, b"")
-      allowed, respond = ROUTES[path]
-      if method != allowed:
-        raise Refusal(405, f"{path} takes {allowed} only", code="method_not_allowed", Allow=allowed)
-      respond(self)
+      self.check(path)
+      need(path in ROUTES, "there is nothing here", status=404)
+      method, answer = ROUTES[path]
+      if self.command == "OPTIONS" and self.server.args.allow_origin:  # a browser asks whether it may ask
+        return self.begin(204)
+      need(self.command == method, f"{path} takes {method} only", status=405, Allow=method)
+      answer(self)
     except Refusal as e:
       self.fail(e)
-    except OSError:  # gone
-      self.close_connection = True
+    except OSError:  # the client has gone
+      pass
     except Exception as e:
       vlm.log.critical(f"serve: {type(e).__name__}: {e}")
-      self.fail(Refusal(500, "the server failed"))
+      self.fail(Refusal("the server failed", status=500))
+
+  do_GET = do_POST = do_OPTIONS = respond
 
   def fail(self, refusal):
-    self.close_connection = True
     with contextlib.suppress(OSError):
-      if self.began:
+      if self.begun:
         self.event(refusal.body)
       else:
         self.send(refusal.status, refusal.body, **refusal.headers)
 
-  def check(self, method):
+  def check(self, path):
     """Whether the request comes from where it may: a page elsewhere must not use this server by its visitor's
     browser, neither by sending to it nor by a name that leads to it. Raises Refusal."""
     args, hosts = self.server.args, self.headers.get_all("Host", [])
-    if method != "POST" and {"Content-Length", "Transfer-Encoding"} & set(self.headers):
-      self.close_connection = True  # nobody reads that body
-    host = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]/@\s]+)(:\d{1,5})?", hosts[0] if len(hosts) == 1 else "")
-    if not host:
-      raise Refusal(400, "a request has one Host")
-    name = host[1].strip("[]").lower()
-    known = {"localhost", "127.0.0.1", "::1", args.host.lower()}
-    if name not in known and not (args.host in ("0.0.0.0", "::") and is_number(name)):
-      raise Refusal(403, f"this is not {host[1]}; open {self.server.address}, or start with --host",
-                    code="wrong_host")
-    origin = self.headers.get("Origin")
-    if origin not in (None, f"http://{hosts[0]}", args.allow_origin) and args.allow_origin != "*":
-      raise Refusal(403, "pages of other servers may not ask here; start with --allow-origin",
-                    code="wrong_origin")
-    given = self.headers.get("Authorization", "").removeprefix("Bearer ").encode(errors="replace")
-    if args.api_key and method != "OPTIONS" and urlsplit(self.path).path.startswith(("/v1", "/ask")) \
-        and not hmac.compare_digest(given, args.api_key.encode()):
-      raise Refusal(401, "the API key is missing or wrong", code="invalid_api_key",
-                    **{"WWW-Authenticate": "Bearer"})
+    need(len(hosts) == 1, "a request has one Host")
+    name = re.sub(r":\d+$", "", hosts[0]).strip("[]").lower()
+    number = ":" in name or name.replace(".", "").isdigit()  # an address, which is nobody's name
+    open_to_all = number and args.host in ("0.0.0.0", "::")
+    need(open_to_all or name in ("localhost", "127.0.0.1", "::1", args.host.lower()),
+         f"this is not {hosts[0]}; open {self.server.address}, or start with --host", status=403)
+    own = f"http://{hosts[0]}"
+    need(self.headers.get("Origin", own) in (own, args.allow_origin) or args.allow_origin == "*",
+         "pages of other servers may not ask here; start with --allow-origin", status=403)
+    key = self.headers.get("Authorization", "").removeprefix("Bearer ").encode("latin-1")
+    free = not args.api_key or self.command == "OPTIONS" or not path.startswith(("/v1", "/ask"))
+    need(free or secrets.compare_digest(key, args.api_key.encode()), "the API key is missing or wrong",
+         code="invalid_api_key", status=401, **{"WWW-Authenticate": "Bearer"})
 
-  def send(self, status, body, kind="application/json", **headers):
-    body = json.dumps(body).encode() if isinstance(body, dict) else body
-    self.begin(status, kind, **headers, **({"Content-Length": len(body)} if status != 204 else {}))
-    self.wfile.write(body)
-
-  def begin(self, status, kind, **headers):
-    self.began = True
+  def begin(self, status, **headers):
+    self.begun, origin = True, self.server.args.allow_origin
     self.send_response(status)
-    if self.server.args.allow_origin:
-      headers |= {"Access-Control-Allow-Origin": self.server.args.allow_origin, "Vary": "Origin",
-                  "Access-Control-Allow-Headers": "Authorization, Content-Type",
-                  "Access-Control-Allow-Methods": "GET, POST"}
-    headers |= {"Content-Type": kind, "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+    headers |= {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Connection": "close"}
+    if origin:
+      headers |= {"Access-Control-Allow-Origin": origin, "Access-Control-Allow-Methods": "GET, POST",
+                  "Access-Control-Allow-Headers": "Authorization, Content-Type", "Vary": "Origin"}
     for name, value in headers.items():
       self.send_header(name, str(value))
-    if self.close_connection:
-      self.send_header("Connection", "close")
     self.end_headers()
 
-  def event(self, data):
-    self.wfile.write(b"data: " + (data if isinstance(data, bytes) else json.dumps(data).encode()) + b"\n\n")
+  def send(self, status, body, kind="application/json", **headers):
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    self.begin(status, **headers, **{"Content-Type": kind, "Content-Length": len(body)})
+    self.wfile.write(body)
 
-  # -- what is sent by GET --
+  def event(self, data):
+    if not self.begun:
+      self.begin(200, **{"Content-Type": "text/event-stream"})
+    self.wfile.write(b"data: " + json.dumps(data).encode() + b"\n\n")
 
   def page(self):
     self.send(200, PAGE.read_bytes(), "text/html; charset=utf-8", **{"Content-Security-Policy": POLICY})
@@ -578,164 +510,82 @@ class Handler(BaseHTTPRequestHandler):
   def shapes(self):
     self.send(200, SHAPES.read_bytes(), "image/png")
 
+  @property
+  def model(self):
+    need(self.server.model, "loading", code="loading", status=503, **SOON)
+    return self.server.model
+
   def health(self):
-    model = self.server.model
-    if model is None:
-      raise Refusal(503, "loading", code="loading", **SOON)
-    note = vlm.read_json(model.folder / "config.json").get("note")
-    self.send(200, {"status": "ok", "model": model_name(model), "note": note,
-                    "key": bool(self.server.args.api_key), "side": round(model.config.vision.patches ** .5)})
+    note = vlm.read_json(self.model.folder / "config.json").get("note")
+    self.send(200, {"status": "ok", "model": model_name(self.model), "note": note,
+                    "key": bool(self.server.args.api_key)})
 
   def models(self):
-    if self.server.model is None:
-      return self.health()
-    self.send(200, {"object": "list", "data": [{"id": model_name(self.server.model), "object": "model",
+    self.send(200, {"object": "list", "data": [{"id": model_name(self.model), "object": "model",
                                                 "created": self.server.created, "owned_by": "vlm"}]})
-
-  # -- what is asked by POST --
 
   def body(self):
     """-> the JSON object that was sent. Raises Refusal."""
-    if self.headers.get_content_type() != "application/json":
-      raise Refusal(415, "send application/json", code="unsupported_media_type")
     lengths = self.headers.get_all("Content-Length", [])
-    if not lengths or "Transfer-Encoding" in self.headers:
-      raise Refusal(411, "send Content-Length, and no Transfer-Encoding")
-    if len(lengths) > 1 or not re.fullmatch(r"\d{1,15}", lengths[0], re.ASCII):
-      raise Refusal(400, "Content-Length is not a number")
-    size = int(lengths[0])
-    if size > BODY:
-      raise Refusal(413, f"a request has at most {BODY >> 20} MB", code="request_too_large")
-    with self.server.room(size):
-      data, end = bytearray(), time.monotonic() + READING
-      try:
-        while len(data) < size and time.monotonic() < end:
-          more = self.rfile.read1(min(1 << 16, size - len(data)))
-          if not more:
-            raise Refusal(400, f"the body has {len(data)} bytes, not {size}")
-          data += more
-      except TimeoutError:
-        pass
-      if len(data) < size:
-        raise Refusal(408, "the request did not end")
-      try:
-        body = json.loads(data, parse_constant=lambda name: None)
-      except (ValueError, RecursionError):
-        raise Refusal(400, "the body is not JSON") from None
-    if not isinstance(body, dict):
-      raise Refusal(400, "the body is not a JSON object")
+    need(self.headers.get_content_type() == "application/json", "send application/json", status=415)
+    need(lengths and "Transfer-Encoding" not in self.headers, "send Content-Length, not chunks", status=411)
+    need(len(lengths) == 1 and re.fullmatch("[0-9]{1,15}", lengths[0]), "Content-Length is not a number")
+    length = int(lengths[0])
+    need(length <= BODY, f"a request has at most {BODY >> 20} MB", status=413)
+    try:
+      data = self.rfile.read(length)
+      body = json.loads(data) if len(data) == length else None
+    except TimeoutError:
+      raise Refusal("the request did not end", status=408) from None
+    except (ValueError, RecursionError):
+      body = None
+    need(isinstance(body, dict), f"the body is not a JSON object of {length} bytes")
     return body
 
   def ask(self, watched=False):
-    """-> the request, and the question, which waits to be answered. Raises Refusal."""
-    if self.server.model is None:
-      raise Refusal(503, "loading", code="loading", **SOON)
-    body = self.body()
+    """-> the question, which waits to be answered. Raises Refusal."""
+    model, body = self.model, self.body()
     with self.server.decoding:
-      question = Question(self.server.model, body, self.connection, watched)
-    with self.server.lock:
-      self.server.reading.pop(self.connection, None)
+      question = Question(model, body, self.watch, watched)
+    self.server.silent.pop(self.connection, None)
     self.server.waiting.add(question)
-    return body, question
+    return question
 
-  def events(self, question):
-    """What comes of a question, as far as it is wanted. Raises Refusal of a failure, OSError where the client
-    has gone."""
-    last = "over" if question.watched else "end"
-    event = [None]
-    while event[0] != last:
-      event = question.events.get()
-      if event[0] == "error":
-        raise Refusal(500, str(event[1]) if isinstance(event[1], Fault) else "the server failed")
-      if event[0] == "left":
-        raise ConnectionAbortedError
-      yield event
+  def tell(self):
+    for event in self.ask(watched=True).events():
+      self.event(event)
 
   def chat(self):
-    body, question = self.ask()
-    stream, usage = body.get("stream"), (body.get("stream_options") or {}).get("include_usage")
-    start = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()),
-             "model": model_name(self.server.model)}
-    def chunk(delta, reason=None, **more):
-      choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
-      more |= {"usage": None} if usage else {}
-      self.event(start | {"object": "chat.completion.chunk", "choices": [choice]} | more)
-    text, reason, found = "", None, Objects(self.server, question)
-    if not stream:  # or each token would wake this thread, for which the model's would have to wait
+    question = self.ask()
+    head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()),
+            "model": model_name(self.model), "object": "chat.completion" + ".chunk" * question.stream}
+    def choices(name, message, reason=None):
+      return head | {"choices": [{"index": 0, name: message, "logprobs": None, "finish_reason": reason}]}
+    more, boxes = {"usage": None} if question.usage else {}, {}
+    if not question.stream:  # or each token would wake this thread, for which the model's would have to wait
       question.done.wait()
-    for kind, *values in self.events(question):
-      if stream and not self.began:
-        self.close_connection = True
-        self.begin(200, "text/event-stream")
-        chunk({"role": "assistant", "content": ""})
-      if kind == "token":
-        text += values[1]
-        if stream and values[1]:
-          chunk({"content": values[1]})
-      elif kind == "codes":
-        found.masks[values[0]] = values[1]
-      elif kind == "end":
-        reason = values[0]
-    counts = {"prompt_tokens": question.image_tokens + len(question.prompt),
-              "completion_tokens": len(question.tokens)}
-    counts["total_tokens"] = sum(counts.values())
-    boxes = [entry for _, entry in found.new(text)]
-    if not stream:
-      choice = {"index": 0, "message": {"role": "assistant", "content": text, "refusal": None},
-                "logprobs": None, "finish_reason": reason}
-      whole = {"object": "chat.completion", "choices": [choice], "usage": counts, "boxes": boxes}
-      return self.send(200, start | whole)
-    chunk({}, reason, boxes=boxes)
-    if usage:
-      self.event(start | {"object": "chat.completion.chunk", "choices": [], "usage": counts})
-    self.event(b"[DONE]")
-
-  def watch(self):
-    _, question = self.ask(watched=True)
-    text, found = "", Objects(self.server, question)
-    self.close_connection = True
-    for kind, *values in self.events(question):
-      if not self.began:
-        self.begin(200, "text/event-stream")
-      if kind == "token":
-        text += values[1]
-        self.event({"token": values[1], "id": values[0]})
-      elif kind == "codes":
-        found.masks[values[0]] = values[1]
-      elif kind == "attention":
-        self.event({"attention": [base64.b64encode(row.tobytes()).decode() for row in values[0]]})
-      for i, entry in found.new(text):
-        self.event({"object": i} | entry)
-      if kind == "end":
-        reason, seconds = values
-        self.event({"end": reason, "tokens": len(question.tokens), "seconds": seconds, "text": text})
-
-
-class Objects:
-  """The boxes of an answer as it comes. masks: {codes: logits} that are known."""
-  def __init__(self, server, question):
-    self.size, self.masks, self.draw, self.told = question.size, {}, vlm.beside("draw"), {}
-
-  def new(self, text):
-    """-> (number, entry of draw.py) of each box that is other than it was told; a mask is told once."""
-    for i, box in enumerate(vlm.parse_boxes(text, *self.size)):
-      logits = self.masks.get(box.codes)
-      if self.told.get(i) != (box.label, logits is not None):
-        first = logits is not None and not self.told.get(i, (0, False))[1]
-        mask = self.draw.paste(logits, box.box, *self.size) if first else None
-        self.told[i] = box.label, logits is not None
-        yield i, self.draw.entry(box, mask)
-
-
-def is_number(name):
-  with contextlib.suppress(ValueError):
-    return bool(ipaddress.ip_address(name))
+    for event in question.events():
+      if question.stream and not self.begun:
+        self.event(choices("delta", {"role": "assistant", "content": ""}) | more)
+      if question.stream and event.get("token"):
+        self.event(choices("delta", {"content": event["token"]}) | more)
+      if "object" in event:
+        boxes.setdefault(event.pop("object"), {}).update(event)
+    prompt, answer = question.image_tokens + len(question.prompt), len(question.tokens)
+    usage = {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+    boxes = {"boxes": list(boxes.values())}
+    if not question.stream:
+      message = {"role": "assistant", "content": question.text, "refusal": None}
+      return self.send(200, choices("message", message, question.reason) | {"usage": usage} | boxes)
+    self.event(choices("delta", {}, question.reason) | more | boxes)
+    if question.usage:
+      self.event(head | {"choices": [], "usage": usage})
+    self.wfile.write(b"data: [DONE]\n\n")
 
 
 ROUTES = {"/": ("GET", Handler.page), "/shapes.png": ("GET", Handler.shapes),
           "/health": ("GET", Handler.health), "/v1/models": ("GET", Handler.models),
-          "/v1/chat/completions": ("POST", Handler.chat),
-          "/ask": ("POST", Handler.watch)}
+          "/v1/chat/completions": ("POST", Handler.chat), "/ask": ("POST", Handler.tell)}
 
 
 # ---- 4. Command line ----

@@ -44,47 +44,65 @@ def attention_weights(q, k, scale, mask=None, softcap=0.0):
   return vlm.softmax(logits, scale).reshape(B, H, T, C)
 
 
-def watched_pass(model, images, prompts, answers, watch):
-  """One pass over B rows of [image][prompt][answer][padding], outside any compiled program: watch(q, k, v,
-  scale, mask, softcap) sees what each layer of Gemma gives to attention(). images: as VLM.generate takes
-  them; answers: lists of tokens -> what comes out of the last layer (B, P + T, D), not yet computed, and the
-  lengths of the prompts. Raises Fault."""
-  c, gemma = model.config, model.net.language_model
-  rows = [pictures_of(image) for image in images]
+def sequences(model, images, prompts, answers, multiple=ROUND):
+  """B rows of [image][prompt][answer][padding up to a multiple]. images and prompts: as VLM.generate takes
+  them; answers: lists of tokens -> what `watched` takes, on the device: image (B, P, D), ids (B, T), two
+  masks, cos and sin; and the lengths of the prompts. Raises Fault."""
+  c, rows = model.config, [pictures_of(image) for image in images]
   prompts = [model.tokenizer.prompt(prompt) for prompt in prompts]
   P = c.vision.patches * len(rows[0])
-  end = [P + len(prompt) + len(answer) for prompt, answer in zip(prompts, answers)]
-  if max(end) > c.text.max_position_embeddings:
-    raise Fault(f"{max(end)} tokens of pictures and text do not fit into the context of "
+  longest = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers))
+  if P + longest > c.text.max_position_embeddings:
+    raise Fault(f"{P + longest} tokens of pictures and text do not fit into the context of "
                 f"{c.text.max_position_embeddings}; shorten the prompt")
-  n = P + -(-(max(end) - P) // ROUND) * ROUND
   # As it was answered: the prefix sees itself, an answer's token what came before, as far as a window goes.
-  sequence = vlm.collate(c.text, P, list(zip(prompts, answers)), n - P)
-  ids, _, full, sliding, cos, sin = (vlm.upload(t, model.device) for t in sequence)
-  features = np.concatenate([model.vision(image)[1] for row in rows for image in row])
-  image = vlm.upload(features.reshape(len(rows), P, -1), model.device)
+  T = -(-longest // multiple) * multiple
+  ids, _, *rest = vlm.collate(c.text, P, list(zip(prompts, answers)), T)
+  image = np.concatenate([model.vision(image)[1] for row in rows for image in row]).reshape(len(rows), P, -1)
   vlm.log.debug("watching the attention")
+  return [vlm.upload(t, model.device) for t in (image, ids, *rest)], [len(prompt) for prompt in prompts]
+
+
+def watched(gemma, watch, image, ids, full, sliding, cos, sin):
+  """One pass: watch(q, k, v, scale, mask, softcap) sees what each layer of Gemma gives to attention() -> what
+  comes out of the last layer (B, P + T, D), not yet computed."""
   plain = vlm.attention
-  def watched(*args):
+  def attention(*args):
     watch(*args)
     return plain(*args)
-  vlm.attention = watched
+  vlm.attention = attention
   try:
-    x = gemma(image.cat(gemma.embed(ids), dim=1), cos, sin, (full, sliding))
+    return gemma(image.cat(gemma.embed(ids), dim=1), cos, sin, (full, sliding))
   finally:
     vlm.attention = plain
-  return x, [len(prompt) for prompt in prompts]
+
+
+def watched_pass(model, images, prompts, answers, watch):
+  """That pass over the rows of `sequences`, outside any compiled program -> its output and the lengths of the
+  prompts. Raises Fault."""
+  inputs, lengths = sequences(model, images, prompts, answers)
+  return watched(model.net.language_model, watch, *inputs), lengths
+
+
+def image_maps(gemma, image, *inputs):
+  """What `sequences` gives -> for each layer (B, T, P): the attention of each token of the text over the
+  image tokens, mean of all heads, not yet computed."""
+  P, maps = image.shape[1], []
+  def watch(q, k, v, scale, mask, softcap):
+    # Only the text asks. The mask is not contiguous: in a compiled program a part of an input would be that
+    # of the first call, for ever.
+    weights = attention_weights(q[:, :, P:].contiguous(), k, scale, mask[:, :, :, P:], softcap)
+    maps.append(weights[..., :P].mean(1).contiguous())
+  watched(gemma, watch, image, *inputs)
+  return maps
 
 
 def attention_maps(model, images, prompts, answers):
   """images and prompts as VLM.generate takes them, answers: lists of tokens -> for each row float32 (layers,
   N, P): how much of the attention, mean of all heads, that chose each of N tokens went to each of P image
   tokens. What is missing to 1 went to the text. A token is chosen at the place before it."""
-  P, maps = model.config.vision.patches * len(pictures_of(images[0])), []
-  def watch(q, k, v, scale, mask, softcap):
-    q, mask = q[:, :, P:].contiguous(), mask[:, :, :, P:].contiguous()  # only the text asks
-    maps.append(attention_weights(q, k, scale, mask, softcap)[..., :P].mean(1).contiguous())  # (B, T, P)
-  x, lengths = watched_pass(model, images, prompts, answers, watch)
+  inputs, lengths = sequences(model, images, prompts, answers)
+  maps = image_maps(model.net.language_model, *inputs)
   Tensor.realize(*maps)
   maps = np.stack([t.numpy() for t in maps])
   return [maps[:, i, n - 1:n - 1 + len(answer)] for i, (n, answer) in enumerate(zip(lengths, answers))]
