@@ -169,6 +169,13 @@ def attention(q, k, v, scale, mask=None, softcap=0.0):
   out = matmul(softmax(logits, scale), v, transposed=False)  # (B, K, H/K T, C) x (B, K, C, d) -> (.., d)
   return out.reshape(B, H, T, d).transpose(1, 2).reshape(B, T, H * d)
 
+@fast
+def through(layers, x, *inputs):
+  """x through one layer after the other, all with the same inputs."""
+  for layer in layers:
+    x = layer(x, *inputs)
+  return x
+
 # ---- 3. Layers ----
 class Linear:
   def __init__(self, inputs, outputs, bias=False):
@@ -236,9 +243,7 @@ class SigLIP:
     x = pixels[:, :, :g * p, :g * p].reshape(B, 3, g, p, g, p).permute(0, 2, 4, 1, 3, 5)  # (B, g, g, 3, p, p)
     x = self.embeddings.patch_embedding(x.reshape(B, g * g, 3 * p * p))  # (B, P, Dv)
     x = x + to_float32(self.embeddings.position_embedding.weight)  # (P, Dv)
-    for layer in self.encoder.layers:
-      x = layer(x)
-    return self.post_layernorm(x)
+    return self.post_layernorm(through(self.encoder.layers, x))
 
 # ---- 5. Gemma: positions, attention, blocks ----
 def rope_table(c, positions):
@@ -308,9 +313,7 @@ class Gemma:
     return self.embed_tokens(ids) * root
   def __call__(self, x, cos, sin, masks, write=None):
     """x (B, T, D), cos, sin (B or 1, 1, T, d / 2), masks (full, sliding), write: see Cache -> (B, T, D)."""
-    for layer in self.layers:
-      x = layer(x, cos, sin, masks, write)
-    return self.norm(x)
+    return self.norm(through(self.layers, x, cos, sin, masks, write))
   def logits(self, x):
     """(B, D) -> (B, V), by the embedding matrix again: what a token means going in, it means coming out."""
     logits, cap = matmul(x, self.embed_tokens.weight), self.config.final_logit_softcapping

@@ -37,12 +37,15 @@ os.environ.setdefault("PATH", os.defpath)  # or tinygrad could not be imported
 from tinygrad import Device, Tensor, TinyJit, UOp, dtypes
 from tinygrad.codegen.opt import Opt, OptOps
 from tinygrad.device import Buffer
-from tinygrad.helpers import CACHEDB, CACHELEVEL, CPU_COUNT, DEV, NULL_ALLOW_COPYOUT
-from tinygrad.nn.state import get_state_dict
+from tinygrad.engine.jit import CapturedJit, _prepare_jit_inputs, jit_lower
+from tinygrad.engine.realize import capturing
+from tinygrad.helpers import CACHEDB, CACHELEVEL, CPU_COUNT, DEV, NULL_ALLOW_COPYOUT, disable_gc
+from tinygrad.nn.state import get_parameters, get_state_dict
 from tinygrad.renderer import Estimates
 from tinygrad.renderer.cstyle import ClangRenderer, MetalRenderer
 from tinygrad.renderer.llvmir import LLVMRenderer
 from tinygrad.runtime.autogen import llvm
+from tinygrad.uop import ops
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, ProgramInfo
 
 from tokenizer import Fault
@@ -175,18 +178,52 @@ def capture(function, *shaped_by):
   owned, programs = owned_by(function), []
   path = kept_file(function, shaped_by, owned)
 
+  def make(*inputs):
+    programs[:] = [captured(function, inputs)]
+    write(path, programs[0], owned)
+
+  def ready(*inputs):
+    """Compile or read the program, unless that is done; nothing is computed."""
+    programs[:] = programs or [program for program in [read(path, owned)] if program]
+    if not programs:
+      make(*inputs)
+
   def call(*inputs):
-    if programs:
+    first = not programs
+    ready(*inputs)
+    try:
       return programs[0](*inputs)
-    program, result = read(path, owned, inputs)
-    if program is None:
-      program = TinyJit(function)
-      program.cnt = 1  # capture on the first call: the usual dry run would schedule everything twice
-      result = program(*inputs)
-      write(path, program, owned)
-    programs.append(program)
-    return result
+    except Exception:  # of a program that was read: whatever it is, such as a driver that has changed
+      if not first or programs[0].fxn:
+        raise
+    make(*inputs)
+    return programs[0](*inputs)
+  call.ready = ready
   return call
+
+
+def prepare(program, *inputs):
+  program.ready(*inputs)
+  return True
+
+
+def through(layers, x, *inputs):
+  """In a program that is being captured, layers that are equal but for their weights and caches are scheduled
+  once: of each the graph is built, and where it is one that is known, its kernels are taken with the buffers
+  exchanged."""
+  if not capturing or Tensor.training or not isinstance(x.device, str):
+    return None
+  known, x = {}, x.contiguous()
+  Tensor.realize(x, *get_parameters(inputs))  # else each layer would compute them again
+  for layer in layers:
+    out = layer(x, *inputs)
+    shape, places = graph_of(out)
+    if shape in known:
+      x = known[shape].replay(places)
+    else:
+      x = out.realize()
+      known[shape] = Scheduled(places, capturing[0]._linears[-1], x)
+  return x
 
 
 class Packed:
@@ -484,7 +521,67 @@ def few_rows(x, w):
   return empty(x, I, N).custom_kernel(x, words, *scales, fxn=kernel)[0]
 
 
-# ---- 4. Programs on disk ----
+# ---- 4. Programs ----
+
+
+def graph_of(out):
+  """A graph of a tensor -> what two graphs have in common that differ in their buffers alone, and its buffers."""
+  leaves = Ops.BUFFER, Ops.PROGRAM  # an equal kernel is the same object
+  number, shape, places = {}, [], []
+  for node in out.uop.toposort(gate=lambda node: node.op not in leaves):
+    for source in node.src:
+      if source not in number:  # a leaf
+        number[source] = len(number)
+        is_buffer = source.op is Ops.BUFFER
+        shape.append((source.dtype, source.shape, source.device) if is_buffer else source)
+        places += [source] * is_buffer
+    number[node] = len(number)
+    # of a call the argument is a gradient, of UNIQUE a number that means nothing
+    arg = None if node.op in (Ops.CALL, Ops.UNIQUE) else node.arg
+    shape.append((node.op, node.dtype, arg, *[number[source] for source in node.src]))
+  return tuple(shape), places
+
+
+class Scheduled:
+  """The kernels of a layer, scheduled for some buffers, `places`. out: its result."""
+  def __init__(self, places, linear, out):
+    self.places, self.linear, self.out = places, linear, out.uop
+
+  def replay(self, places):
+    """Add the same kernels to the program being captured, for other buffers -> the result."""
+    new = dict(zip(self.places, places))
+
+    def exchanged(node):
+      if node.op is Ops.BUFFER and node not in new:  # of the layer's own, such as its result
+        new[node] = UOp.new_buffer(node.device, node.shape[0], node.dtype)
+      if node not in new:
+        new[node] = node.replace(src=tuple(map(exchanged, node.src)))
+      return new[node]
+    calls = [call.replace(src=(call.src[0], *map(exchanged, call.src[1:]))) for call in self.linear.src]
+    capturing[0].add_linear(self.linear.replace(src=tuple(calls)), {})
+    return Tensor(exchanged(self.out))
+
+
+@disable_gc()
+def captured(function, inputs):
+  """-> a TinyJit of a function, as its second call would make it, and not run yet."""
+  jit = TinyJit(function)
+  buffers_in, _, names, kinds = _prepare_jit_inputs(inputs, {})
+  jit._linears = []
+  capturing.append(jit)
+  try:
+    result = function(*inputs)
+    Tensor.realize(*get_parameters(result))
+  finally:
+    capturing.clear()
+  linear = UOp(Ops.LINEAR, src=tuple(call for linear in jit._linears for call in linear.src))
+  held = {*ops.buffers, *(t.uop.buf_uop for t in get_parameters(result))}
+  jit.captured = CapturedJit(result, jit_lower(linear, held, buffers_in), names, kinds)
+  jit.cnt = 2
+  return jit
+
+
+# ---- 5. Programs on disk ----
 # A captured TinyJit is a list of kernels, already machine code, and the buffers that they read and write. The
 # kernels are stored. Buffers that the model owns (weights, KV cache) are stored by name and are those of the
 # new process; all others are scratch memory, stored as their size. Whoever writes such a file can run code as
@@ -656,19 +753,17 @@ def buffers(tensors):
   return {name: t.uop.base for name, t in tensors.items()}
 
 
-def read(path, tensors, inputs):
-  """-> a captured TinyJit and what it returns for these inputs; None twice if there is no such file of
-  use."""
-  with contextlib.suppress(Exception):  # whatever it is, such as a driver that has changed: capture anew
+def read(path, tensors):
+  """-> a captured TinyJit; None if there is no such file of use."""
+  with contextlib.suppress(Exception):  # whatever it is: capture anew
     if path and cache_folder():
       data = read_file(path)
       if data[:32] == hashlib.sha256(data[32:]).digest():  # damaged machine code would be run
         jit = Reader(io.BytesIO(data[32:]), buffers(tensors)).load()
-        result = jit(*inputs)
         with contextlib.suppress(OSError):  # where it can only be read
           os.utime(path)
-        return jit, result
-  return None, None
+        return jit
+  return None
 
 
 def write(path, jit, tensors):
