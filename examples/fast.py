@@ -11,6 +11,7 @@ pickling of a TinyJit, DEV, CPU_COUNT and LLVM's context.
 """
 import atexit
 import contextlib
+import copy
 import ctypes.util
 import functools
 import glob
@@ -27,19 +28,23 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import types
+from concurrent import futures
 from pathlib import Path
 
 import numpy as np
 
 os.environ.setdefault("PATH", os.defpath)  # or tinygrad could not be imported
 from tinygrad import Device, Tensor, TinyJit, UOp, dtypes
+from tinygrad.codegen import do_to_program
 from tinygrad.codegen.opt import Opt, OptOps
-from tinygrad.device import Buffer
+from tinygrad.device import Buffer, Compiler
 from tinygrad.engine.jit import CapturedJit, _prepare_jit_inputs, jit_lower
 from tinygrad.engine.realize import capturing
-from tinygrad.helpers import CACHEDB, CACHELEVEL, CPU_COUNT, DEV, NULL_ALLOW_COPYOUT, disable_gc
+from tinygrad.helpers import (BEAM, CACHEDB, CACHELEVEL, CPU_COUNT, DEV, NULL_ALLOW_COPYOUT, disable_gc,
+                              diskcache_get, diskcache_put)
 from tinygrad.nn.state import get_parameters, get_state_dict
 from tinygrad.renderer import Estimates
 from tinygrad.renderer.cstyle import ClangRenderer, MetalRenderer
@@ -60,6 +65,7 @@ CHUNK = 512  # queries at a time, or memory would grow with the square of the pi
 GPUS = "/dev/nvidia*", "/dev/kfd", "/dev/dri", "/dev/kgsl*", "/dev/dxg"  # what Linux calls them
 
 
+PREPARING = threading.local()
 FORKED = []  # not empty in a process that was forked off one with a device: tinygrad's threads are not in it
 if hasattr(os, "register_at_fork"):
   os.register_at_fork(after_in_child=lambda: FORKED.extend(Device._opened_devices))
@@ -179,7 +185,7 @@ def capture(function, *shaped_by):
   path = kept_file(function, shaped_by, owned)
 
   def make(*inputs):
-    programs[:] = [captured(function, inputs)]
+    programs[:] = [captured(function, inputs, shaped_by[0])]
     write(path, programs[0], owned)
 
   def ready(*inputs):
@@ -191,6 +197,8 @@ def capture(function, *shaped_by):
   def call(*inputs):
     first = not programs
     ready(*inputs)
+    if getattr(PREPARING, "on", False):
+      return None
     try:
       return programs[0](*inputs)
     except Exception:  # of a program that was read: whatever it is, such as a driver that has changed
@@ -198,13 +206,16 @@ def capture(function, *shaped_by):
         raise
     make(*inputs)
     return programs[0](*inputs)
-  call.ready = ready
   return call
 
 
-def prepare(program, *inputs):
-  program.ready(*inputs)
-  return True
+def prepare(function, *args):
+  """Call it, and only compile or read the program that it would run."""
+  PREPARING.on = True
+  try:
+    function(*args)
+  finally:
+    PREPARING.on = False
 
 
 def through(layers, x, *inputs):
@@ -216,7 +227,7 @@ def through(layers, x, *inputs):
   known, x = {}, x.contiguous()
   Tensor.realize(x, *get_parameters(inputs))  # else each layer would compute them again
   for layer in layers:
-    out = layer(x, *inputs)
+    out = layer(x, *inputs).contiguous()
     shape, places = graph_of(out)
     if shape in known:
       x = known[shape].replay(places)
@@ -562,22 +573,66 @@ class Scheduled:
     return Tensor(exchanged(self.out))
 
 
+class Ahead(Compiler):
+  """Compiles the kernels of a program on all cores, while Python goes on with the rest of it."""
+  done = {}  # {(kernel, renderer): compiled}, of all programs
+
+  def __init__(self, renderer):
+    super().__init__()
+    self.known, self.compiler, self.renderer = renderer, renderer.compiler, copy.copy(renderer)
+    self.renderer.compiler, self.begun = self, {}
+    self.pool = futures.ThreadPoolExecutor(CPU_COUNT.value)
+
+  def compile(self, source):
+    """What tinygrad calls when it has rendered a kernel."""
+    self.source, self.binary = source, diskcache_get(self.compiler.cachekey, source)
+    self.binary = self.binary or self.pool.submit(self.compiler.compile, source)
+    return b""
+
+  def begin(self, linear):
+    """Compile the kernels of these calls that are new."""
+    for kernel in dict.fromkeys(call.src[0] for call in linear.src):
+      if kernel.op in (Ops.SINK, Ops.PROGRAM) and kernel not in self.begun:
+        if (kernel, self.known) not in self.done:
+          self.begun[kernel] = do_to_program(kernel, self.renderer), self.source, self.binary
+
+  def finish(self, linear):
+    """-> the same calls, of compiled kernels."""
+    for kernel, (program, source, binary) in self.begun.items():
+      if not isinstance(binary, bytes):
+        binary = diskcache_put(self.compiler.cachekey, source, binary.result())
+      self.done[kernel, self.known] = program.replace(src=(*program.src[:-1], UOp(Ops.BINARY, arg=binary)))
+    calls = [call.replace(src=(self.done.get((call.src[0], self.known), call.src[0]), *call.src[1:]))
+             for call in linear.src]
+    return linear.replace(src=tuple(calls))
+
+
 @disable_gc()
-def captured(function, inputs):
+def captured(function, inputs, device):
   """-> a TinyJit of a function, as its second call would make it, and not run yet."""
   jit = TinyJit(function)
   buffers_in, _, names, kinds = _prepare_jit_inputs(inputs, {})
-  jit._linears = []
+  jit._linears, ahead = [], Ahead(Device[device].renderer) if runs_c(device) and not BEAM else None
+
+  def add_linear(linear, values):
+    jit._linears.append(linear)
+    if ahead:
+      ahead.begin(linear)
+  jit.add_linear = add_linear
   capturing.append(jit)
   try:
     result = function(*inputs)
     Tensor.realize(*get_parameters(result))
+    linear = UOp(Ops.LINEAR, src=tuple(call for linear in jit._linears for call in linear.src))
+    linear = ahead.finish(linear) if ahead else linear
   finally:
     capturing.clear()
-  linear = UOp(Ops.LINEAR, src=tuple(call for linear in jit._linears for call in linear.src))
+    if ahead:
+      ahead.pool.shutdown(wait=False, cancel_futures=True)
   held = {*ops.buffers, *(t.uop.buf_uop for t in get_parameters(result))}
   jit.captured = CapturedJit(result, jit_lower(linear, held, buffers_in), names, kinds)
   jit.cnt = 2
+  del jit.add_linear, jit._linears
   return jit
 
 
