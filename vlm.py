@@ -474,7 +474,7 @@ class VLM:
       cos, sin = (t[slot:slot + 1] for t in cache.rope)
       positions = positions[:, None, None, None]  # (B, 1, 1, 1, C)
       seen = (positions >= 0) & (positions <= slot)
-      masks = seen, seen & (positions > slot - window)
+      masks = seen, seen & (positions + window > slot)
       x, write = gemma.embed(token.reshape(B, 1)), functools.partial(cache.write, slot, C)
       return next_token(gemma, gemma(x, cos, sin, masks, write))
     slot = UOp.variable("slot", 0, C - 1).bind(slot)

@@ -548,7 +548,7 @@ def graph_of(out):
         places += [source] * is_buffer
     number[node] = len(number)
     # of a call the argument is a gradient, of UNIQUE a number that means nothing
-    arg = None if node.op in (Ops.CALL, Ops.UNIQUE) else node.arg
+    arg = None if node.op.name in ("CALL", "UNIQUE") else node.arg
     shape.append((node.op, node.dtype, arg, *[number[source] for source in node.src]))
   return tuple(shape), places
 
@@ -591,10 +591,10 @@ class Ahead(Compiler):
 
   def begin(self, linear):
     """Compile the kernels of these calls that are new."""
-    for kernel in dict.fromkeys(call.src[0] for call in linear.src):
-      if kernel.op in (Ops.SINK, Ops.PROGRAM) and kernel not in self.begun:
-        if (kernel, self.known) not in self.done:
-          self.begun[kernel] = do_to_program(kernel, self.renderer), self.source, self.binary
+    for kernel, out, *_ in (call.src for call in linear.src):
+      new = kernel not in self.begun and (kernel, self.known) not in self.done
+      if new and kernel.op in (Ops.SINK, Ops.PROGRAM) and runs_c(out.device):
+        self.begun[kernel] = do_to_program(kernel, self.renderer), self.source, self.binary
 
   def finish(self, linear):
     """-> the same calls, of compiled kernels."""
@@ -602,8 +602,9 @@ class Ahead(Compiler):
       if not isinstance(binary, bytes):
         binary = diskcache_put(self.compiler.cachekey, source, binary.result())
       self.done[kernel, self.known] = program.replace(src=(*program.src[:-1], UOp(Ops.BINARY, arg=binary)))
-    calls = [call.replace(src=(self.done.get((call.src[0], self.known), call.src[0]), *call.src[1:]))
-             for call in linear.src]
+    def compiled(kernel, *buffers):
+      return self.done.get((kernel, self.known), kernel) if runs_c(buffers[0].device) else kernel
+    calls = [call.replace(src=(compiled(*call.src), *call.src[1:])) for call in linear.src]
     return linear.replace(src=tuple(calls))
 
 

@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -97,7 +98,7 @@ CASES = [
   *[("likeliest", shape) for shape in ((1, 1), (3, 4097), (2, 1536))],
   ("likeliest", np.float32([[3, 1, math.nan], [-math.inf, -math.inf, -9], [2, 7, 7]]))]
 # The rest of what fast.py has: how tensors, devices and programs are made, see below.
-OTHERS = {"upload", "open_device", "capture"}
+OTHERS = {"upload", "open_device", "capture", "through"}
 
 
 def argument(what, seed):
@@ -394,6 +395,101 @@ def test_other_compilers_answer_the_same(device, tmp_path):
   if "cannot be used here" in message:
     pytest.skip(f"{device} is not to be had here")
   assert json.loads(got)["tokens"] == json.loads(want)["tokens"]
+
+
+# ---- Programs ----
+
+
+@pytest.fixture
+def scheduled(monkeypatch):
+  """The numbers of kernels of the layers that are scheduled, not replayed; no program is read."""
+  counts, init = [], fast.Scheduled.__init__
+
+  def count(self, places, linear, out):
+    counts.append(len(linear.src))
+    init(self, places, linear, out)
+  monkeypatch.setattr(fast, "KEPT", 0)
+  monkeypatch.setattr(fast.Scheduled, "__init__", count)
+  return counts
+
+
+@pytest.mark.parametrize("folder", ["tiny1", "tiny2"])
+def test_a_layer_is_scheduled_once(folder, scheduled, monkeypatch):
+  """With the results of scheduling each: of tiny2 every other layer sees a window only."""
+  once = answer(vlm.load(ROOT / "weights" / folder, "CPU"))
+  assert len(scheduled) == 3 and min(scheduled) > 10, "vision, prefill, decode"
+  monkeypatch.setattr(fast, "graph_of", lambda out: (object(), []))
+  tokens, logits = answer(vlm.load(ROOT / "weights" / folder, "CPU"))
+  assert len(scheduled) > 10 and (tokens, logits.tolist()) == (once[0], once[1].tolist())
+
+
+def test_layers_that_are_not_alike(scheduled):
+  rng, make = np.random.default_rng(0), lambda n: tensor(normal(n, n))
+  weights = [make(8), make(8), tensor(normal(8, 8, seed=1).astype(np.float16)), make(8)]
+  layers = [lambda x, w=w, i=i: vlm.matmul(x, w) * (2 if i == 3 else 1) for i, w in enumerate(weights)]
+  program = vlm.capture(lambda x: vlm.through(layers, x).realize(), "CPU")
+  for seed in range(3):
+    want = x = normal(3, 8, seed=seed)
+    for i, w in enumerate(weights):
+      want = want @ w.numpy().astype(np.float32).T * (2 if i == 3 else 1)
+    assert np.allclose(program(tensor(x)).numpy(), want, rtol=1e-4)
+  assert len(scheduled) == 3, "the second is as the first"
+
+
+def test_a_state_that_layers_write(scheduled):
+  """Each layer reads what its own cache held, and a layer that came up before is none of this program's."""
+  caches, weights = ([tensor(normal(4, 4, seed=s)) for s in range(n, n + 3)] for n in (0, 3))
+
+  def layer(i):
+    def call(x, step):
+      cache = Tensor(caches[i].uop.after(caches[i].uop.store((caches[i] * step).contiguous().uop)))
+      return vlm.matmul(x, weights[i]) + cache
+    return call
+  program = vlm.capture(lambda x, step: vlm.through([*map(layer, range(3))], x, step).realize(), "CPU")
+  state = [t.numpy() for t in caches]
+  for seed in range(4):
+    want = x = normal(2, 4, seed=seed)[:1].repeat(4, 0)
+    for i in range(3):
+      state[i] = state[i] * np.float32(2)
+      want = want @ weights[i].numpy().T + state[i]
+    assert np.allclose(program(tensor(x), tensor(np.float32([2]))).numpy(), want, rtol=1e-4)
+  assert len(scheduled) == 1 and all(np.array_equal(t.numpy(), s) for t, s in zip(caches, state))
+
+
+@in_c
+def test_kernels_are_compiled_together(monkeypatch):
+  """Each once, several at a time where there are cores; what the compiler does not take is an error."""
+  compiler, lock, running, most, sources = fast.Device["CPU"].renderer.compiler, threading.Lock(), [], [0], []
+  barrier, compile_one = threading.Barrier(2), type(compiler).compile
+  monkeypatch.setattr(fast, "CPU_COUNT", types.SimpleNamespace(value=2))
+  monkeypatch.setattr(fast, "diskcache_get", lambda *key: None)
+  monkeypatch.setattr(fast.Ahead, "done", {})
+
+  def compile_both(source):
+    sources.append(source)
+    barrier.wait(timeout=60)  # for another that is being compiled
+    return compile_one(compiler, source)
+  monkeypatch.setattr(compiler, "compile", compile_both)
+  w = tensor(normal(8, 8))
+  program = vlm.capture(lambda x: vlm.gelu(vlm.softmax(vlm.gelu(x) * 3, 1.0) @ w).realize(), "CPU")
+  x = normal(4, 8)
+  program(tensor(x))
+  assert len(set(sources)) == len(sources) >= 2
+
+  def refuse(source):
+    raise subprocess.CalledProcessError(1, "clang")
+  monkeypatch.setattr(compiler, "compile", refuse)
+  with pytest.raises(subprocess.CalledProcessError):
+    vlm.capture(lambda x: (vlm.gelu(x) * 7).realize(), "CPU")(tensor(normal(3, 11)))
+
+
+def test_a_program_is_ready_before_it_is_used(scheduled):
+  ran = []
+  program = vlm.capture(lambda x: ran.append(1) or (x + 1).realize(), "CPU")
+  fast.prepare(program, tensor(np.zeros(3, np.float32)))
+  assert ran == [1]
+  for i in range(3):
+    assert (program(tensor(np.full(3, i, np.float32))).numpy() == i + 1).all() and ran == [1]
 
 
 # ---- Programs on disk ----
