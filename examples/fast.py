@@ -195,14 +195,13 @@ def capture(function, *shaped_by):
       make(*inputs)
 
   def call(*inputs):
-    first = not programs
     ready(*inputs)
     if getattr(PREPARING, "on", False):
       return None
     try:
       return programs[0](*inputs)
     except Exception:  # of a program that was read: whatever it is, such as a driver that has changed
-      if not first or programs[0].fxn:
+      if programs[0].fxn:
         raise
     make(*inputs)
     return programs[0](*inputs)

@@ -591,6 +591,20 @@ def test_a_damaged_file_is_replaced(kept):
     assert data[:32] == hashlib.sha256(data[32:]).digest()
 
 
+def test_a_program_that_cannot_be_run_is_replaced(kept, monkeypatch):
+  """Such as one of a driver that has changed."""
+  want = answer(vlm.load(TINY, "CPU"))
+
+  class Broken:
+    fxn = None  # as of a program that was read
+
+    def __call__(self, *inputs):
+      raise OSError("another driver")
+  monkeypatch.setattr(fast, "read", lambda path, owned: Broken())
+  tokens, logits = answer(vlm.load(TINY, "CPU"))
+  assert tokens == want[0] and np.array_equal(logits, want[1])
+
+
 def test_no_folder_for_programs(kept):
   kept.write_text("a file is in the way")
   tokens, _ = answer(vlm.load(TINY, "CPU"))
@@ -722,7 +736,7 @@ def test_only_programs_are_unpickled(function, kept):
       return function, (str(kept / "made"),)
   data = pickle.dumps(Call())
   fast.write_file(kept / "a.program", hashlib.sha256(data).digest() + data)
-  assert fast.read(kept / "a.program", {}, []) == (None, None) and not (kept / "made").exists()
+  assert fast.read(kept / "a.program", {}) is None and not (kept / "made").exists()
 
 
 def test_only_the_newest_files_stay(kept, monkeypatch):
