@@ -65,7 +65,7 @@ CHUNK = 512  # queries at a time, or memory would grow with the square of the pi
 GPUS = "/dev/nvidia*", "/dev/kfd", "/dev/dri", "/dev/kgsl*", "/dev/dxg"  # what Linux calls them
 
 
-PREPARING = threading.local()
+PREPARING, CAPTURE = threading.local(), threading.RLock()
 FORKED = []  # not empty in a process that was forked off one with a device: tinygrad's threads are not in it
 if hasattr(os, "register_at_fork"):
   os.register_at_fork(after_in_child=lambda: FORKED.extend(Device._opened_devices))
@@ -186,18 +186,18 @@ def capture(function, *shaped_by):
 
   def make(*inputs):
     programs[:] = [captured(function, inputs, shaped_by[0])]
-    write(path, programs[0], owned)
 
-  def ready(*inputs):
-    """Compile or read the program, unless that is done; nothing is computed."""
+  def call(*inputs):
+    new = not programs
     programs[:] = programs or [program for program in [read(path, owned)] if program]
     if not programs:
       make(*inputs)
+    result = None if getattr(PREPARING, "on", False) else run(*inputs)
+    if new and programs[0].fxn:
+      write(path, programs[0], owned)  # last, while the device is busy
+    return result
 
-  def call(*inputs):
-    ready(*inputs)
-    if getattr(PREPARING, "on", False):
-      return None
+  def run(*inputs):
     try:
       return programs[0](*inputs)
     except Exception:  # of a program that was read: whatever it is, such as a driver that has changed
@@ -218,10 +218,10 @@ def prepare(function, *args):
 
 
 def through(layers, x, *inputs):
-  """In a program that is being captured, layers that are equal but for their weights and caches are scheduled
-  once: of each the graph is built, and where it is one that is known, its kernels are taken with the buffers
+  """In a program that `capture` makes, layers that are equal but for their weights and caches are scheduled
+  once. The graph of each is built; where it is a known one, its kernels are taken and their buffers
   exchanged."""
-  if not capturing or Tensor.training or not isinstance(x.device, str):
+  if not capturing or not hasattr(capturing[0], "latest") or not isinstance(x.device, str):
     return None
   known, x = {}, x.contiguous()
   Tensor.realize(x, *get_parameters(inputs))  # else each layer would compute them again
@@ -232,7 +232,7 @@ def through(layers, x, *inputs):
       x = known[shape].replay(places)
     else:
       x = out.realize()
-      known[shape] = Scheduled(places, capturing[0]._linears[-1], x)
+      known[shape] = Scheduled(places, capturing[0].latest, x)
   return x
 
 
@@ -595,45 +595,46 @@ class Ahead(Compiler):
       if new and kernel.op in (Ops.SINK, Ops.PROGRAM) and runs_c(out.device):
         self.begun[kernel] = do_to_program(kernel, self.renderer), self.source, self.binary
 
-  def finish(self, linear):
+  def finish(self, calls):
     """-> the same calls, of compiled kernels."""
     for kernel, (program, source, binary) in self.begun.items():
       if not isinstance(binary, bytes):
         binary = diskcache_put(self.compiler.cachekey, source, binary.result())
       self.done[kernel, self.known] = program.replace(src=(*program.src[:-1], UOp(Ops.BINARY, arg=binary)))
+
     def compiled(kernel, *buffers):
       return self.done.get((kernel, self.known), kernel) if runs_c(buffers[0].device) else kernel
-    calls = [call.replace(src=(compiled(*call.src), *call.src[1:])) for call in linear.src]
-    return linear.replace(src=tuple(calls))
+    return [call.replace(src=(compiled(*call.src), *call.src[1:])) for call in calls]
 
 
 @disable_gc()
 def captured(function, inputs, device):
   """-> a TinyJit of a function, as its second call would make it, and not run yet."""
-  jit = TinyJit(function)
-  buffers_in, _, names, kinds = _prepare_jit_inputs(inputs, {})
-  jit._linears, ahead = [], Ahead(Device[device].renderer) if runs_c(device) and not BEAM else None
+  with CAPTURE:
+    jit, assembled = TinyJit(function), []
+    buffers_in, _, names, kinds = _prepare_jit_inputs(inputs, {})
+    ahead = Ahead(Device[device].renderer) if runs_c(device) and not BEAM else None
 
-  def add_linear(linear, values):
-    jit._linears.append(linear)
-    if ahead:
-      ahead.begin(linear)
-  jit.add_linear = add_linear
-  capturing.append(jit)
-  try:
-    result = function(*inputs)
-    Tensor.realize(*get_parameters(result))
-    linear = UOp(Ops.LINEAR, src=tuple(call for linear in jit._linears for call in linear.src))
-    linear = ahead.finish(linear) if ahead else linear
-  finally:
-    capturing.clear()
-    if ahead:
-      ahead.pool.shutdown(wait=False, cancel_futures=True)
-  held = {*ops.buffers, *(t.uop.buf_uop for t in get_parameters(result))}
-  jit.captured = CapturedJit(result, jit_lower(linear, held, buffers_in), names, kinds)
-  jit.cnt = 2
-  del jit.add_linear, jit._linears
-  return jit
+    def add_linear(linear, values):
+      assembled.extend(linear.src)
+      jit.latest = linear
+      if ahead:
+        ahead.begin(linear)
+    jit.add_linear, jit.latest = add_linear, None
+    capturing.append(jit)
+    try:
+      result = function(*inputs)
+      Tensor.realize(*get_parameters(result))
+      calls = ahead.finish(assembled) if ahead else assembled
+    finally:
+      capturing.clear()
+      if ahead:
+        ahead.pool.shutdown(wait=False, cancel_futures=True)
+    held = {*ops.buffers, *(t.uop.buf_uop for t in get_parameters(result))}
+    linear = jit_lower(UOp(Ops.LINEAR, src=tuple(calls)), held, buffers_in)
+    jit.captured, jit.cnt = CapturedJit(result, linear, names, kinds), 2
+    del jit.add_linear, jit.latest
+    return jit
 
 
 # ---- 5. Programs on disk ----
