@@ -467,7 +467,7 @@ def test_kernels_are_compiled_together(monkeypatch):
 
   def compile_both(source):
     sources.append(source)
-    barrier.wait(timeout=60)  # for another that is being compiled
+    barrier.wait(timeout=20)  # for another that is being compiled
     return compile_one(compiler, source)
   monkeypatch.setattr(compiler, "compile", compile_both)
   w = tensor(normal(8, 8))
@@ -483,13 +483,28 @@ def test_kernels_are_compiled_together(monkeypatch):
     vlm.capture(lambda x: (vlm.gelu(x) * 7).realize(), "CPU")(tensor(normal(3, 11)))
 
 
-def test_a_program_is_ready_before_it_is_used(scheduled):
-  ran = []
-  program = vlm.capture(lambda x: ran.append(1) or (x + 1).realize(), "CPU")
-  fast.prepare(program, tensor(np.zeros(3, np.float32)))
-  assert ran == [1]
-  for i in range(3):
-    assert (program(tensor(np.full(3, i, np.float32))).numpy() == i + 1).all() and ran == [1]
+def test_a_program_is_prepared_and_not_run(scheduled):
+  total, made = tensor(np.zeros(3, np.float32)), []
+
+  def work(x):
+    made.append(x.shape)
+    return Tensor(total.uop.after(total.uop.store((total + x).uop))).contiguous().realize()
+  program = vlm.capture(work, "CPU")
+  fast.prepare(program, tensor(np.ones(3, np.float32)))
+  assert made == [(3,)] and (total.numpy() == 0).all()
+  for i in range(1, 4):
+    assert (program(tensor(np.ones(3, np.float32))).numpy() == i).all()
+  assert made == [(3,)] and (total.numpy() == 3).all()
+
+
+def test_decode_is_compiled_before_the_first_token(scheduled):
+  model = vlm.load(TINY, "CPU")
+  list(model.tokens([picture(model)], [PROMPT], max_tokens=1))
+  assert len(scheduled) == 2, "an answer of one token needs none"
+  steps = model.tokens([picture(model)], [PROMPT], max_tokens=3)
+  next(steps)
+  assert len(scheduled) == 3
+  assert len(list(steps)) == 2 and len(scheduled) == 3
 
 
 # ---- Programs on disk ----
