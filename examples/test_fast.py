@@ -1,6 +1,7 @@
 """Tests of fast.py and fast.c: every kernel beside the plain body of its operation in vlm.py and beside
 numpy, and the programs kept on disk.
 """
+import functools
 import hashlib
 import json
 import math
@@ -424,16 +425,31 @@ def test_a_layer_is_scheduled_once(folder, scheduled, monkeypatch):
 
 
 def test_layers_that_are_not_alike(scheduled):
-  rng, make = np.random.default_rng(0), lambda n: tensor(normal(n, n))
-  weights = [make(8), make(8), tensor(normal(8, 8, seed=1).astype(np.float16)), make(8)]
-  layers = [lambda x, w=w, i=i: vlm.matmul(x, w) * (2 if i == 3 else 1) for i, w in enumerate(weights)]
-  program = vlm.capture(lambda x: vlm.through(layers, x).realize(), "CPU")
+  """Layers 0 and 1 are alike; 2 has weights of another type, 3 another factor, and 4 is as 3 but for the type of
+  what is added, which no kernel of fast.c reads."""
+  weights = [tensor(normal(40, 40, seed=i)) for i in range(5)]
+  weights[2] = weights[2].half().realize()
+  added = [tensor(np.arange(40).astype(kind)) for kind in ["float16"] * 4 + ["int16"]]
+
+  def layer(i):
+    return lambda x: vlm.matmul(x, weights[i]) * (0.1 if i < 3 else 0.2) + added[i].float()
+  program = vlm.capture(lambda x: vlm.through([*map(layer, range(5))], x).realize(), "CPU")
   for seed in range(3):
-    want = x = normal(3, 8, seed=seed)
+    want = x = normal(3, 40, seed=seed)
     for i, w in enumerate(weights):
-      want = want @ w.numpy().astype(np.float32).T * (2 if i == 3 else 1)
-    assert np.allclose(program(tensor(x)).numpy(), want, rtol=1e-4)
-  assert len(scheduled) == 3, "the second is as the first"
+      want = want @ w.numpy().astype(np.float32).T * (0.1 if i < 3 else 0.2) + np.arange(40)
+    assert np.abs(program(tensor(x)).numpy() - want).max() < 1e-5 * want.std()
+  assert len(scheduled) == 4
+
+
+def test_results_of_layers_do_not_share_memory(scheduled):
+  """A layer that is one product would read what it has just written."""
+  weights = [tensor(normal(200, 200, seed=i) / 14) for i in range(4)]
+  layers = [functools.partial(lambda w, x: vlm.matmul(x, w), w) for w in weights]
+  program = vlm.capture(lambda x: vlm.through(layers, x).realize(), "CPU")
+  x = normal(50, 200)
+  want = functools.reduce(lambda x, w: x @ w.numpy().T, weights, x)
+  assert np.abs(program(tensor(x)).numpy() - want).max() < 1e-4 and len(scheduled) == 1
 
 
 def test_a_state_that_layers_write(scheduled):
