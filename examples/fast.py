@@ -7,7 +7,8 @@ vlm.
 
 tinygrad's private interfaces are used in this file only: Buffer.copyin, Tensor.from_blob, UOps of a program
 given as C (Ops.PROGRAM), Opt lists of a kernel, ClangRenderer and friends to know what a device compiles, the
-pickling of a TinyJit, DEV, CPU_COUNT and LLVM's context.
+pickling of a TinyJit and what it does to capture (jit_lower, capturing, do_to_program, the disk cache), DEV,
+CPU_COUNT and LLVM's context.
 """
 import atexit
 import contextlib
@@ -189,7 +190,7 @@ def capture(function, *shaped_by):
 
   def call(*inputs):
     new, preparing = not programs, getattr(PREPARING, "on", False)
-    if preparing and path and path.exists():
+    if preparing and path and os.path.exists(path):
       return None  # to read it later takes less than it would take from what is being computed now
     programs[:] = programs or [program for program in [read(path, owned)] if program]
     if not programs:
@@ -537,7 +538,7 @@ def few_rows(x, w):
 
 
 def graph_of(out):
-  """A graph of a tensor -> what two graphs have in common that differ in their buffers alone, and its buffers."""
+  """A graph of a tensor -> what graphs that differ in their buffers alone have in common, and its buffers."""
   leaves = Ops.BUFFER, Ops.PROGRAM  # an equal kernel is the same object
   number, shape, places = {}, [], []
   for node in out.uop.toposort(gate=lambda node: node.op not in leaves):
@@ -586,8 +587,8 @@ class Ahead(Compiler):
 
   def compile(self, source):
     """What tinygrad calls when it has rendered a kernel."""
-    self.source, self.binary = source, diskcache_get(self.compiler.cachekey, source)
-    self.binary = self.binary or self.pool.submit(self.compiler.compile, source)
+    kept = self.compiler.cachekey and diskcache_get(self.compiler.cachekey, source)
+    self.source, self.binary = source, kept or self.pool.submit(self.compiler.compile, source)
     return b""
 
   def begin(self, linear):
@@ -601,7 +602,9 @@ class Ahead(Compiler):
     """-> the same calls, of compiled kernels."""
     for kernel, (program, source, binary) in self.begun.items():
       if not isinstance(binary, bytes):
-        binary = diskcache_put(self.compiler.cachekey, source, binary.result())
+        binary = binary.result()
+        if self.compiler.cachekey:  # None with CCACHE=0
+          diskcache_put(self.compiler.cachekey, source, binary)
       self.done[kernel, self.known] = program.replace(src=(*program.src[:-1], UOp(Ops.BINARY, arg=binary)))
 
     def compiled(kernel, *buffers):

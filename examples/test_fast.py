@@ -425,8 +425,8 @@ def test_a_layer_is_scheduled_once(folder, scheduled, monkeypatch):
 
 
 def test_layers_that_are_not_alike(scheduled):
-  """Layers 0 and 1 are alike; 2 has weights of another type, 3 another factor, and 4 is as 3 but for the type of
-  what is added, which no kernel of fast.c reads."""
+  """Layers 0 and 1 are alike; 2 has weights of another type, 3 another factor, and 4 is as 3 but for the type
+  of what is added, which no kernel of fast.c reads."""
   weights = [tensor(normal(40, 40, seed=i)) for i in range(5)]
   weights[2] = weights[2].half().realize()
   added = [tensor(np.arange(40).astype(kind)) for kind in ["float16"] * 4 + ["int16"]]
