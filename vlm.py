@@ -191,6 +191,11 @@ class RMSNorm:
     self.weight, self.eps = Tensor.empty(width), eps
   def __call__(self, x):
     return rms_norm(x, self.weight, self.eps)
+@fast
+def through(layers, x, *inputs):  # one after the other
+  for layer in layers:
+    x = layer(x, *inputs).contiguous()
+  return x
 
 # ---- 4. SigLIP: patches to features ----
 # A vision transformer, trained with texts: whether a picture belongs to a text is yes or no for each pair of
@@ -218,7 +223,7 @@ class EncoderLayer:
     self.mlp = MLP(c.hidden_size, c.intermediate_size)
   def __call__(self, x):
     x = x + self.self_attn(self.layer_norm1(x))
-    return (x + self.mlp(self.layer_norm2(x))).contiguous()
+    return x + self.mlp(self.layer_norm2(x))
 
 class SigLIP:
   """SimpleNamespace stands for levels of the checkpoint's names that compute nothing."""
@@ -236,9 +241,7 @@ class SigLIP:
     x = pixels[:, :, :g * p, :g * p].reshape(B, 3, g, p, g, p).permute(0, 2, 4, 1, 3, 5)  # (B, g, g, 3, p, p)
     x = self.embeddings.patch_embedding(x.reshape(B, g * g, 3 * p * p))  # (B, P, Dv)
     x = x + to_float32(self.embeddings.position_embedding.weight)  # (P, Dv)
-    for layer in self.encoder.layers:
-      x = layer(x)
-    return self.post_layernorm(x)
+    return self.post_layernorm(through(self.encoder.layers, x))
 
 # ---- 5. Gemma: positions, attention, blocks ----
 def rope_table(c, positions):
@@ -291,9 +294,9 @@ class Block:
     h = self.self_attn(self.input_layernorm(x), *attention_inputs)
     if self.gemma2:  # post_attention_layernorm: here it is applied to the output of the attention ...
       x = x + self.post_attention_layernorm(h)
-      return (x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))).contiguous()
+      return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
     x = x + h  # ... and in Gemma 1 to the input of the MLP
-    return (x + self.mlp(self.post_attention_layernorm(x))).contiguous()
+    return x + self.mlp(self.post_attention_layernorm(x))
 
 class Gemma:
   def __init__(self, c):
@@ -308,9 +311,7 @@ class Gemma:
     return self.embed_tokens(ids) * root
   def __call__(self, x, cos, sin, masks, write=None):
     """x (B, T, D), cos, sin (B or 1, 1, T, d / 2), masks (full, sliding), write: see Cache -> (B, T, D)."""
-    for layer in self.layers:
-      x = layer(x, cos, sin, masks, write)
-    return self.norm(x)
+    return self.norm(through(self.layers, x, cos, sin, masks, write))
   def logits(self, x):
     """(B, D) -> (B, V), by the embedding matrix again: what a token means going in, it means coming out."""
     logits, cap = matmul(x, self.embed_tokens.weight), self.config.final_logit_softcapping
@@ -440,6 +441,7 @@ class VLM:
       log.debug(f"{key[0]}{', compiling, the first time only' * (key not in self.programs)}")
     if key not in self.programs:
       self.programs[key] = capture(function, self.device, key, self.config)
+    inputs = [upload(t, self.device) if isinstance(t, np.ndarray) else t for t in inputs]
     return self.programs[key](*inputs)
   def vision(self, image):
     """-> float32 arrays: SigLIP's features (P, Dv), those projected (P, D), kept for a second question."""
@@ -448,7 +450,7 @@ class VLM:
       features = net.vision_tower(pixels).contiguous()
       return features, net.multi_modal_projector.linear(features).contiguous()  # used as it is: no scaling
     if (key := pixels.tobytes()) not in self.features:
-      outputs = self._run(("vision",), run, upload(pixels, self.device))
+      outputs = self._run(("vision",), run, pixels)
       self.features = dict([*self.features.items()][-7:]) | {key: [t.numpy()[0] for t in outputs]}
     return self.features[key]
   def prefill(self, image, ids, positions):
@@ -463,21 +465,20 @@ class VLM:
       return next_token(gemma, gemma(x, cos, sin, (seen, seen), write))
     cos, sin = (t[:, None] for t in rope_table(c, positions[:, :n].clip(0)))  # (B, 1, n, d / 2)
     seen = positions[:, None, None, None, :n] >= 0
-    inputs = [upload(t, self.device) for t in (ids.astype(np.int32), cos, sin, seen)]
-    return self._run(("prefill", B, n, C), run, image, *inputs)
+    return self._run(("prefill", B, n, C), run, image, ids.astype(np.int32), cos, sin, seen)
   def decode(self, token, slot, positions):
-    """token (B,) for a slot, positions (B, C) a Tensor -> next token (B,), logits (B, V). For any slot."""
+    """token (B,) for a slot, positions (B, C) -> next token (B,), logits (B, V). For any slot."""
     B, C = positions.shape
     cache, gemma, window = self.caches[B, C], self.net.language_model, self.config.text.sliding_window
     def run(token, slot, positions):
       cos, sin = (t[slot:slot + 1] for t in cache.rope)
       positions = positions[:, None, None, None]  # (B, 1, 1, 1, C)
       seen = (positions >= 0) & (positions <= slot)
-      masks = seen, seen & (positions > slot - window)
+      masks = seen, seen & (positions + window > slot)
       x, write = gemma.embed(token.reshape(B, 1)), functools.partial(cache.write, slot, C)
       return next_token(gemma, gemma(x, cos, sin, masks, write))
-    token, slot = upload(np.asarray(token, np.int32), self.device), UOp.variable("slot", 0, C - 1).bind(slot)
-    return self._run(("decode", B, C), run, token, slot, positions)
+    slot = UOp.variable("slot", 0, C - 1).bind(slot)
+    return self._run(("decode", B, C), run, np.asarray(token, np.int32), slot, positions)
   def prefix(self, images, prompts, max_tokens):
     """-> next token (B,) and logits (B, V) after the prefix, positions (B, C), the next slot."""
     prompts = [self.tokenizer.prompt(prompt) for prompt in prompts]
@@ -487,9 +488,8 @@ class VLM:
     P, longest = self.config.vision.patches * len(images[0]), max(map(len, prompts))
     room = self.config.text.max_position_embeddings - P - max_tokens
     if longest > room:
-      raise Fault(f"the prompt does not fit: it has {longest} tokens; {P} of the pictures and {max_tokens} "
-                  f"of the answer leave room for {room}; shorten it, lower --max-tokens, or ask about each "
-                  "picture by itself (examples/batch.py)")
+      raise Fault(f"the prompt does not fit: of its {longest} tokens there is room for {room}; shorten it, "
+                  "lower --max-tokens, or ask about each picture by itself (examples/batch.py)")
     T = min(max(8, 1 << (longest - 1).bit_length()), room)  # 8, 16, 32, ...: few programs, few wasted rows
     C = P + T + max_tokens
     C += min(-C % 256, room - T)  # in steps of 256: seldom another program
@@ -498,8 +498,9 @@ class VLM:
     seen = perf_counter()
     ids = np.array([[0] * (T - len(prompt)) + prompt for prompt in prompts])
     positions = layout([len(prompt) for prompt in prompts], P, T, C)
-    image = upload(image.reshape(len(images), P, -1), self.device)  # (B, P, D)
-    token, logits = self.prefill(image, ids, positions)
+    token, logits = self.prefill(image.reshape(len(images), P, -1), ids, positions)
+    if kernels and max_tokens > 1:  # while the device is busy
+      kernels.prepare(self.decode, ids[:, 0], P + T, positions)
     token = token.numpy()
     self.timings |= {"vision_s": seen - start, "prefill_s": perf_counter() - seen, "decode_tok_s": 0.0}
     return token, logits, positions, P + T
@@ -510,7 +511,6 @@ class VLM:
     sampling = Sampling(**options)
     token, logits, positions, slot = self.prefix(images, prompts, sampling.max_tokens)
     log.debug("")  # clears the line that the answer is about to be on
-    positions = upload(positions, self.device)
     rngs = [np.random.default_rng(sampling.seed) for _ in prompts]  # alike: a row draws what it would alone
     ended, start = np.zeros(len(prompts), bool), perf_counter()
     for step in range(sampling.max_tokens):

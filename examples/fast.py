@@ -7,10 +7,12 @@ vlm.
 
 tinygrad's private interfaces are used in this file only: Buffer.copyin, Tensor.from_blob, UOps of a program
 given as C (Ops.PROGRAM), Opt lists of a kernel, ClangRenderer and friends to know what a device compiles, the
-pickling of a TinyJit, DEV, CPU_COUNT and LLVM's context.
+pickling of a TinyJit and what it does to capture (jit_lower, capturing, do_to_program, the disk cache), DEV,
+CPU_COUNT and LLVM's context.
 """
 import atexit
 import contextlib
+import copy
 import ctypes.util
 import functools
 import glob
@@ -27,23 +29,30 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import types
+from concurrent import futures
 from pathlib import Path
 
 import numpy as np
 
 os.environ.setdefault("PATH", os.defpath)  # or tinygrad could not be imported
 from tinygrad import Device, Tensor, TinyJit, UOp, dtypes
+from tinygrad.codegen import do_to_program
 from tinygrad.codegen.opt import Opt, OptOps
-from tinygrad.device import Buffer
-from tinygrad.helpers import CACHEDB, CACHELEVEL, CPU_COUNT, DEV, NULL_ALLOW_COPYOUT
+from tinygrad.device import Buffer, Compiler
+from tinygrad.engine.jit import CapturedJit, _prepare_jit_inputs, jit_lower
+from tinygrad.engine.realize import capturing
+from tinygrad.helpers import (BEAM, CACHEDB, CACHELEVEL, CPU_COUNT, DEV, NULL_ALLOW_COPYOUT, disable_gc,
+                              diskcache_get, diskcache_put)
 from tinygrad.nn.optim import LAMB
-from tinygrad.nn.state import get_state_dict
+from tinygrad.nn.state import get_parameters, get_state_dict
 from tinygrad.renderer import Estimates
 from tinygrad.renderer.cstyle import ClangRenderer, MetalRenderer
 from tinygrad.renderer.llvmir import LLVMRenderer
 from tinygrad.runtime.autogen import llvm
+from tinygrad.uop import ops
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, ProgramInfo
 
 from tokenizer import Fault
@@ -58,6 +67,7 @@ CHUNK = 512  # queries at a time, or memory would grow with the square of the pi
 GPUS = "/dev/nvidia*", "/dev/kfd", "/dev/dri", "/dev/kgsl*", "/dev/dxg"  # what Linux calls them
 
 
+PREPARING, CAPTURE = threading.local(), threading.RLock()
 FORKED = []  # not empty in a process that was forked off one with a device: tinygrad's threads are not in it
 if hasattr(os, "register_at_fork"):
   os.register_at_fork(after_in_child=lambda: FORKED.extend(Device._opened_devices))
@@ -176,18 +186,58 @@ def capture(function, *shaped_by):
   owned, programs = owned_by(function), []
   path = kept_file(function, shaped_by, owned)
 
+  def make(*inputs):
+    programs[:] = [captured(function, inputs, shaped_by[0])]
+
   def call(*inputs):
-    if programs:
-      return programs[0](*inputs)
-    program, result = read(path, owned, inputs)
-    if program is None:
-      program = TinyJit(function)
-      program.cnt = 1  # capture on the first call: the usual dry run would schedule everything twice
-      result = program(*inputs)
-      write(path, program, owned)
-    programs.append(program)
+    new, preparing = not programs, getattr(PREPARING, "on", False)
+    if preparing and path and os.path.exists(path):
+      return None  # to read it later takes less than it would take from what is being computed now
+    programs[:] = programs or [program for program in [read(path, owned)] if program]
+    if not programs:
+      make(*inputs)
+    result = None if preparing else run(*inputs)
+    if new and programs[0].fxn:
+      write(path, programs[0], owned)  # last, while the device is busy
     return result
+
+  def run(*inputs):
+    try:
+      return programs[0](*inputs)
+    except Exception:  # of a program that was read: whatever it is, such as a driver that has changed
+      if programs[0].fxn:
+        raise
+    make(*inputs)
+    return programs[0](*inputs)
   return call
+
+
+def prepare(function, *args):
+  """Call it, and only compile the program that it would run, unless that is kept on disk."""
+  PREPARING.on = True
+  try:
+    function(*args)
+  finally:
+    PREPARING.on = False
+
+
+def through(layers, x, *inputs):
+  """In a program that `capture` makes, layers that are equal but for their weights and caches are scheduled
+  once. The graph of each is built; where it is a known one, its kernels are taken and their buffers
+  exchanged."""
+  if not capturing or not hasattr(capturing[0], "latest") or not isinstance(x.device, str):
+    return None
+  known, x = {}, x.contiguous()
+  Tensor.realize(x, *get_parameters(inputs))  # else each layer would compute them again
+  for layer in layers:
+    out = layer(x, *inputs).contiguous()
+    shape, places = graph_of(out)
+    if shape in known:
+      x = known[shape].replay(places)
+    else:
+      x = out.realize()
+      known[shape] = Scheduled(places, capturing[0].latest, x)
+  return x
 
 
 class AdamW(LAMB):
@@ -195,7 +245,7 @@ class AdamW(LAMB):
   the toy's steps, and half of the time until the first."""
   def __init__(self, weights, lr=0.001, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01):
     super().__init__(weights, lr, b1, b2, eps, weight_decay, adam=True)
-    for t in [*self.m, *self.v, self.b1_t, self.b2_t]:  # memory of their own: in a captured step they would be new each time
+    for t in [*self.m, *self.v, self.b1_t, self.b2_t]:  # or each captured step would make them anew
       t.replace(t.contiguous().realize())
 
   def schedule_step(self):
@@ -508,7 +558,115 @@ def few_rows(x, w):
   return empty(x, I, N).custom_kernel(x, words, *scales, fxn=kernel)[0]
 
 
-# ---- 4. Programs on disk ----
+# ---- 4. Programs ----
+
+
+def graph_of(out):
+  """A graph of a tensor -> what graphs that differ in their buffers alone have in common, and its buffers."""
+  leaves = Ops.BUFFER, Ops.PROGRAM  # an equal kernel is the same object
+  number, shape, places = {}, [], []
+  for node in out.uop.toposort(gate=lambda node: node.op not in leaves):
+    for source in node.src:
+      if source not in number:  # a leaf
+        number[source] = len(number)
+        is_buffer = source.op is Ops.BUFFER
+        shape.append((source.dtype, source.shape, source.device) if is_buffer else source)
+        places += [source] * is_buffer
+    number[node] = len(number)
+    # of a call the argument is a gradient, of UNIQUE a number that means nothing
+    arg = None if node.op.name in ("CALL", "UNIQUE") else node.arg
+    shape.append((node.op, node.dtype, arg, *[number[source] for source in node.src]))
+  return tuple(shape), places
+
+
+class Scheduled:
+  """The kernels of a layer, scheduled for some buffers, `places`. out: its result."""
+  def __init__(self, places, linear, out):
+    self.places, self.linear, self.out = places, linear, out.uop
+
+  def replay(self, places):
+    """Add the same kernels to the program being captured, for other buffers -> the result."""
+    new = dict(zip(self.places, places))
+
+    def exchanged(node):
+      if node.op is Ops.BUFFER and node not in new:  # of the layer's own, such as its result
+        new[node] = UOp.new_buffer(node.device, node.shape[0], node.dtype)
+      if node not in new:
+        new[node] = node.replace(src=tuple(map(exchanged, node.src)))
+      return new[node]
+    calls = [call.replace(src=(call.src[0], *map(exchanged, call.src[1:]))) for call in self.linear.src]
+    capturing[0].add_linear(self.linear.replace(src=tuple(calls)), {})
+    return Tensor(exchanged(self.out))
+
+
+class Ahead(Compiler):
+  """Compiles the kernels of a program on all cores, while Python goes on with the rest of it."""
+  done = {}  # {(kernel, renderer): compiled}, of all programs
+
+  def __init__(self, renderer):
+    super().__init__()
+    self.known, self.compiler, self.renderer = renderer, renderer.compiler, copy.copy(renderer)
+    self.renderer.compiler, self.begun = self, {}
+    self.pool = futures.ThreadPoolExecutor(CPU_COUNT.value)
+
+  def compile(self, source):
+    """What tinygrad calls when it has rendered a kernel."""
+    kept = self.compiler.cachekey and diskcache_get(self.compiler.cachekey, source)
+    self.source, self.binary = source, kept or self.pool.submit(self.compiler.compile, source)
+    return b""
+
+  def begin(self, linear):
+    """Compile the kernels of these calls that are new."""
+    for kernel, out, *_ in (call.src for call in linear.src):
+      new = kernel not in self.begun and (kernel, self.known) not in self.done
+      if new and kernel.op in (Ops.SINK, Ops.PROGRAM) and runs_c(out.device):
+        self.begun[kernel] = do_to_program(kernel, self.renderer), self.source, self.binary
+
+  def finish(self, calls):
+    """-> the same calls, of compiled kernels."""
+    for kernel, (program, source, binary) in self.begun.items():
+      if not isinstance(binary, bytes):
+        binary = binary.result()
+        if self.compiler.cachekey:  # None with CCACHE=0
+          diskcache_put(self.compiler.cachekey, source, binary)
+      self.done[kernel, self.known] = program.replace(src=(*program.src[:-1], UOp(Ops.BINARY, arg=binary)))
+
+    def compiled(kernel, *buffers):
+      return self.done.get((kernel, self.known), kernel) if runs_c(buffers[0].device) else kernel
+    return [call.replace(src=(compiled(*call.src), *call.src[1:])) for call in calls]
+
+
+@disable_gc()
+def captured(function, inputs, device):
+  """-> a TinyJit of a function, as its second call would make it, and not run yet."""
+  with CAPTURE:
+    jit, assembled = TinyJit(function), []
+    buffers_in, _, names, kinds = _prepare_jit_inputs(inputs, {})
+    ahead = Ahead(Device[device].renderer) if runs_c(device) and not BEAM else None
+
+    def add_linear(linear, values):
+      assembled.extend(linear.src)
+      jit.latest = linear
+      if ahead:
+        ahead.begin(linear)
+    jit.add_linear, jit.latest = add_linear, None
+    capturing.append(jit)
+    try:
+      result = function(*inputs)
+      Tensor.realize(*get_parameters(result))
+      calls = ahead.finish(assembled) if ahead else assembled
+    finally:
+      capturing.clear()
+      if ahead:
+        ahead.pool.shutdown(wait=False, cancel_futures=True)
+    held = {*ops.buffers, *(t.uop.buf_uop for t in get_parameters(result))}
+    linear = jit_lower(UOp(Ops.LINEAR, src=tuple(calls)), held, buffers_in)
+    jit.captured, jit.cnt = CapturedJit(result, linear, names, kinds), 2
+    del jit.add_linear, jit.latest
+    return jit
+
+
+# ---- 5. Programs on disk ----
 # A captured TinyJit is a list of kernels, already machine code, and the buffers that they read and write. The
 # kernels are stored. Buffers that the model owns (weights, KV cache) are stored by name and are those of the
 # new process; all others are scratch memory, stored as their size. Whoever writes such a file can run code as
@@ -680,19 +838,17 @@ def buffers(tensors):
   return {name: t.uop.base for name, t in tensors.items()}
 
 
-def read(path, tensors, inputs):
-  """-> a captured TinyJit and what it returns for these inputs; None twice if there is no such file of
-  use."""
-  with contextlib.suppress(Exception):  # whatever it is, such as a driver that has changed: capture anew
+def read(path, tensors):
+  """-> a captured TinyJit; None if there is no such file of use."""
+  with contextlib.suppress(Exception):  # whatever it is: capture anew
     if path and cache_folder():
       data = read_file(path)
       if data[:32] == hashlib.sha256(data[32:]).digest():  # damaged machine code would be run
         jit = Reader(io.BytesIO(data[32:]), buffers(tensors)).load()
-        result = jit(*inputs)
         with contextlib.suppress(OSError):  # where it can only be read
           os.utime(path)
-        return jit, result
-  return None, None
+        return jit
+  return None
 
 
 def write(path, jit, tensors):

@@ -1,6 +1,7 @@
 """Tests of fast.py and fast.c: every kernel beside the plain body of its operation in vlm.py and beside
 numpy, and the programs kept on disk.
 """
+import functools
 import hashlib
 import json
 import math
@@ -8,6 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -98,7 +100,7 @@ CASES = [
   *[("likeliest", shape) for shape in ((1, 1), (3, 4097), (2, 1536))],
   ("likeliest", np.float32([[3, 1, math.nan], [-math.inf, -math.inf, -9], [2, 7, 7]]))]
 # The rest of what fast.py has: how tensors, devices and programs are made, see below.
-OTHERS = {"upload", "open_device", "capture"}
+OTHERS = {"upload", "open_device", "capture", "through"}
 
 
 def argument(what, seed):
@@ -422,6 +424,131 @@ def test_other_compilers_answer_the_same(device, tmp_path):
   assert json.loads(got)["tokens"] == json.loads(want)["tokens"]
 
 
+# ---- Programs ----
+
+
+@pytest.fixture
+def scheduled(monkeypatch):
+  """The numbers of kernels of the layers that are scheduled, not replayed; no program is read."""
+  counts, init = [], fast.Scheduled.__init__
+
+  def count(self, places, linear, out):
+    counts.append(len(linear.src))
+    init(self, places, linear, out)
+  monkeypatch.setattr(fast, "KEPT", 0)
+  monkeypatch.setattr(fast.Scheduled, "__init__", count)
+  return counts
+
+
+@pytest.mark.parametrize("folder", ["tiny1", "tiny2"])
+def test_a_layer_is_scheduled_once(folder, scheduled, monkeypatch):
+  """With the results of scheduling each: of tiny2 every other layer sees a window only."""
+  once = answer(vlm.load(ROOT / "weights" / folder, "CPU"))
+  assert len(scheduled) == 3 and min(scheduled) > 10, "vision, prefill, decode"
+  monkeypatch.setattr(fast, "graph_of", lambda out: (object(), []))
+  tokens, logits = answer(vlm.load(ROOT / "weights" / folder, "CPU"))
+  assert len(scheduled) > 10 and (tokens, logits.tolist()) == (once[0], once[1].tolist())
+
+
+def test_layers_that_are_not_alike(scheduled):
+  """Layers 0 and 1 are alike; 2 has weights of another type, 3 another factor, and 4 is as 3 but for the type
+  of what is added, which no kernel of fast.c reads."""
+  weights = [tensor(normal(40, 40, seed=i)) for i in range(5)]
+  weights[2] = weights[2].half().realize()
+  added = [tensor(np.arange(40).astype(kind)) for kind in ["float16"] * 4 + ["int16"]]
+
+  def layer(i):
+    return lambda x: vlm.matmul(x, weights[i]) * (0.1 if i < 3 else 0.2) + added[i].float()
+  program = vlm.capture(lambda x: vlm.through([*map(layer, range(5))], x).realize(), "CPU")
+  for seed in range(3):
+    want = x = normal(3, 40, seed=seed)
+    for i, w in enumerate(weights):
+      want = want @ w.numpy().astype(np.float32).T * (0.1 if i < 3 else 0.2) + np.arange(40)
+    assert np.abs(program(tensor(x)).numpy() - want).max() < 1e-5 * want.std()
+  assert len(scheduled) == 4
+
+
+def test_results_of_layers_do_not_share_memory(scheduled):
+  """Or these would read what they have just written."""
+  weights = [tensor(normal(200, seed=i)) for i in range(4)]
+  layers = [functools.partial(lambda w, x: x.flip(0) + w, w) for w in weights]
+  program = vlm.capture(lambda x: vlm.through(layers, x).realize(), "CPU")
+  x = normal(200, seed=9)
+  want = functools.reduce(lambda x, w: x[::-1] + w.numpy(), weights, x)
+  assert np.allclose(program(tensor(x)).numpy(), want) and len(scheduled) == 1
+
+
+def test_a_state_that_layers_write(scheduled):
+  """Each layer reads what its own cache held, and a layer that came up before is none of this program's."""
+  caches, weights = ([tensor(normal(4, 4, seed=s)) for s in range(n, n + 3)] for n in (0, 3))
+
+  def layer(i):
+    def call(x, step):
+      cache = Tensor(caches[i].uop.after(caches[i].uop.store((caches[i] * step).contiguous().uop)))
+      return vlm.matmul(x, weights[i]) + cache
+    return call
+  program = vlm.capture(lambda x, step: vlm.through([*map(layer, range(3))], x, step).realize(), "CPU")
+  state = [t.numpy() for t in caches]
+  for seed in range(4):
+    want = x = normal(2, 4, seed=seed)[:1].repeat(4, 0)
+    for i in range(3):
+      state[i] = state[i] * np.float32(2)
+      want = want @ weights[i].numpy().T + state[i]
+    assert np.allclose(program(tensor(x), tensor(np.float32([2]))).numpy(), want, rtol=1e-4)
+  assert len(scheduled) == 1 and all(np.array_equal(t.numpy(), s) for t, s in zip(caches, state))
+
+
+@in_c
+def test_kernels_are_compiled_together(monkeypatch):
+  """Each once, several at a time where there are cores; what the compiler does not take is an error."""
+  compiler, lock, running, most, sources = fast.Device["CPU"].renderer.compiler, threading.Lock(), [], [0], []
+  barrier, compile_one = threading.Barrier(2), type(compiler).compile
+  monkeypatch.setattr(fast, "CPU_COUNT", types.SimpleNamespace(value=2))
+  monkeypatch.setattr(fast, "diskcache_get", lambda *key: None)
+  monkeypatch.setattr(fast.Ahead, "done", {})
+
+  def compile_both(source):
+    sources.append(source)
+    barrier.wait(timeout=20)  # for another that is being compiled
+    return compile_one(compiler, source)
+  monkeypatch.setattr(compiler, "compile", compile_both)
+  w = tensor(normal(8, 8))
+  program = vlm.capture(lambda x: vlm.gelu(vlm.softmax(vlm.gelu(x) * 3, 1.0) @ w).realize(), "CPU")
+  x = normal(4, 8)
+  program(tensor(x))
+  assert len(set(sources)) == len(sources) >= 2
+
+  def refuse(source):
+    raise subprocess.CalledProcessError(1, "clang")
+  monkeypatch.setattr(compiler, "compile", refuse)
+  with pytest.raises(subprocess.CalledProcessError):
+    vlm.capture(lambda x: (vlm.gelu(x) * 7).realize(), "CPU")(tensor(normal(3, 11)))
+
+
+def test_a_program_is_prepared_and_not_run(scheduled):
+  total, made = tensor(np.zeros(3, np.float32)), []
+
+  def work(x):
+    made.append(x.shape)
+    return Tensor(total.uop.after(total.uop.store((total + x).uop))).contiguous().realize()
+  program = vlm.capture(work, "CPU")
+  fast.prepare(program, tensor(np.ones(3, np.float32)))
+  assert made == [(3,)] and (total.numpy() == 0).all()
+  for i in range(1, 4):
+    assert (program(tensor(np.ones(3, np.float32))).numpy() == i).all()
+  assert made == [(3,)] and (total.numpy() == 3).all()
+
+
+def test_decode_is_compiled_before_the_first_token(scheduled):
+  model = vlm.load(TINY, "CPU")
+  list(model.tokens([picture(model)], [PROMPT], max_tokens=1))
+  assert len(scheduled) == 2, "an answer of one token needs none"
+  steps = model.tokens([picture(model)], [PROMPT], max_tokens=3)
+  next(steps)
+  assert len(scheduled) == 3
+  assert len(list(steps)) == 2 and len(scheduled) == 3
+
+
 # ---- Programs on disk ----
 
 TINY, PROMPT = ROOT / "weights" / "tiny1", "caption en"
@@ -519,6 +646,20 @@ def test_a_damaged_file_is_replaced(kept):
   for file in programs(kept):
     data = file.read_bytes()
     assert data[:32] == hashlib.sha256(data[32:]).digest()
+
+
+def test_a_program_that_cannot_be_run_is_replaced(kept, monkeypatch):
+  """Such as one of a driver that has changed."""
+  want = answer(vlm.load(TINY, "CPU"))
+
+  class Broken:
+    fxn = None  # as of a program that was read
+
+    def __call__(self, *inputs):
+      raise OSError("another driver")
+  monkeypatch.setattr(fast, "read", lambda path, owned: Broken())
+  tokens, logits = answer(vlm.load(TINY, "CPU"))
+  assert tokens == want[0] and np.array_equal(logits, want[1])
 
 
 def test_no_folder_for_programs(kept):
@@ -652,7 +793,7 @@ def test_only_programs_are_unpickled(function, kept):
       return function, (str(kept / "made"),)
   data = pickle.dumps(Call())
   fast.write_file(kept / "a.program", hashlib.sha256(data).digest() + data)
-  assert fast.read(kept / "a.program", {}, []) == (None, None) and not (kept / "made").exists()
+  assert fast.read(kept / "a.program", {}) is None and not (kept / "made").exists()
 
 
 def test_only_the_newest_files_stay(kept, monkeypatch):
