@@ -192,7 +192,7 @@ class RMSNorm:
   def __call__(self, x):
     return rms_norm(x, self.weight, self.eps)
 @fast
-def through(layers, x, *inputs):  # one after the other
+def through(layers, x, *inputs):  # one after the other; fast.py schedules those that are alike once
   for layer in layers:
     x = layer(x, *inputs).contiguous()
   return x

@@ -52,6 +52,8 @@ from tinygrad.renderer import Estimates
 from tinygrad.renderer.cstyle import ClangRenderer, MetalRenderer
 from tinygrad.renderer.llvmir import LLVMRenderer
 from tinygrad.runtime.autogen import llvm
+from tinygrad.runtime.ops_cpu import CPUWorker
+from tinygrad.runtime.support.hcq import HCQAllocatorBase
 from tinygrad.uop import ops
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, ProgramInfo
 
@@ -71,6 +73,21 @@ PREPARING, CAPTURE = threading.local(), threading.RLock()
 FORKED = []  # not empty in a process that was forked off one with a device: tinygrad's threads are not in it
 if hasattr(os, "register_at_fork"):
   os.register_at_fork(after_in_child=lambda: FORKED.extend(Device._opened_devices))
+
+
+UNFREED, free = [], HCQAllocatorBase._free
+
+
+def free_by_others(allocator, *what):
+  """To free memory, tinygrad waits until its threads have nothing to do: where Python's garbage collector runs on
+  one of these it would wait for itself, for ever. Then the next thread that frees something does it."""
+  UNFREED.append((allocator, *what))
+  while UNFREED and not isinstance(threading.current_thread(), CPUWorker):
+    with contextlib.suppress(IndexError):  # another thread was first
+      free(*UNFREED.pop())
+
+
+HCQAllocatorBase._free = free_by_others
 
 
 # ---- 1. What vlm.py calls ----
@@ -579,6 +596,15 @@ def graph_of(out):
   return tuple(shape), places
 
 
+def exchanged(node, new):
+  """A graph with the buffers of `new`, {old: new}, to which those are added that are a layer's own."""
+  if node.op is Ops.BUFFER and node not in new:  # such as its result
+    new[node] = UOp.new_buffer(node.device, node.shape[0], node.dtype)
+  if node not in new:
+    new[node] = node.replace(src=tuple(exchanged(source, new) for source in node.src))
+  return new[node]
+
+
 class Scheduled:
   """The kernels of a layer, scheduled for some buffers, `places`. out: its result."""
   def __init__(self, places, linear, out):
@@ -587,16 +613,10 @@ class Scheduled:
   def replay(self, places):
     """Add the same kernels to the program being captured, for other buffers -> the result."""
     new = dict(zip(self.places, places))
-
-    def exchanged(node):
-      if node.op is Ops.BUFFER and node not in new:  # of the layer's own, such as its result
-        new[node] = UOp.new_buffer(node.device, node.shape[0], node.dtype)
-      if node not in new:
-        new[node] = node.replace(src=tuple(map(exchanged, node.src)))
-      return new[node]
-    calls = [call.replace(src=(call.src[0], *map(exchanged, call.src[1:]))) for call in self.linear.src]
+    calls = [call.replace(src=(call.src[0], *[exchanged(node, new) for node in call.src[1:]]))
+             for call in self.linear.src]
     capturing[0].add_linear(self.linear.replace(src=tuple(calls)), {})
-    return Tensor(exchanged(self.out))
+    return Tensor(exchanged(self.out, new))
 
 
 class Ahead(Compiler):
@@ -657,12 +677,13 @@ def captured(function, inputs, device):
       calls = ahead.finish(assembled) if ahead else assembled
     finally:
       capturing.clear()
+      del jit.add_linear  # which holds the jit
       if ahead:
         ahead.pool.shutdown(wait=False, cancel_futures=True)
     held = {*ops.buffers, *(t.uop.buf_uop for t in get_parameters(result))}
     linear = jit_lower(UOp(Ops.LINEAR, src=tuple(calls)), held, buffers_in)
     jit.captured, jit.cnt = CapturedJit(result, linear, names, kinds), 2
-    del jit.add_linear, jit.latest
+    del jit.latest
     return jit
 
 

@@ -133,6 +133,27 @@ def test_a_kernel_is_the_plain_body(case, monkeypatch):
     assert np.abs(out.numpy() - want).max() / max(1, want.std()) < (exact if portable or not rounds else 0.03)
 
 
+def test_a_model_may_be_freed_on_a_thread_of_tinygrads():
+  """where the garbage collector may run at any moment, and finds models that hold themselves"""
+  code = f"""
+import gc, sys
+sys.path[:0] = {str(ROOT)!r}, {str(ROOT / "examples")!r}
+import golden, vlm
+picture, = golden.pixels(56, 1)
+gc.disable()
+for _ in range(4):
+  m = vlm.load({str(TINY)!r}, "CPU")
+  m.itself = m
+  gc.set_threshold(1, 1, 1)
+  gc.enable()
+  print(m.generate([picture], ["caption en"], max_tokens=6)[0].tokens)
+  gc.disable()
+"""
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+  answers = done.stdout.splitlines()
+  assert done.returncode == 0 and len(answers) == 4 and len(set(answers)) == 1, done.stderr
+
+
 @in_c
 @pytest.mark.parametrize("device", ["in C", "elsewhere"])
 def test_adamw_is_tinygrads(device, monkeypatch):
