@@ -522,7 +522,7 @@ def test_a_state_that_layers_write(scheduled):
 @in_c
 def test_kernels_are_compiled_together(monkeypatch):
   """Each once, several at a time where there are cores; what the compiler does not take is an error."""
-  compiler, lock, running, most, sources = fast.Device["CPU"].renderer.compiler, threading.Lock(), [], [0], []
+  compiler, sources = fast.Device["CPU"].renderer.compiler, []
   barrier, compile_one = threading.Barrier(2), type(compiler).compile
   monkeypatch.setattr(fast, "CPU_COUNT", types.SimpleNamespace(value=2))
   monkeypatch.setattr(fast, "diskcache_get", lambda *key: None)

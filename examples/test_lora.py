@@ -207,7 +207,7 @@ def example(model, rows=4, text=24):
   return pairs, [vlm.upload(t, model.device) for t in (pixels(3, 2 if rows > 1 else 1), *sequence)]
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["tiny2"])  # windows and soft-caps; the live test compares both kinds with PEFT's
 def test_gradients_by_layer_are_those_of_the_whole(kind):
   model = vlm.load(WEIGHTS / kind)
   _, batch = example(model)

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vlm.py, wherever
 import vlm  # first, because it says what is not installed
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from tinygrad import Tensor, TinyJit, dtypes, nn
+from tinygrad import Tensor, TinyJit, dtypes
 from tinygrad.nn.state import get_state_dict
 import by_layer
 import checkpoint
