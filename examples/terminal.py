@@ -336,7 +336,7 @@ def samples(args):
   what = f"{len(found)} pictures" if found else "4000 pictures of shapes that it draws"
   log.info(f"{args.save} is going to hold a small PaliGemma that learns, character by character, {what}: "
            f"{args.steps} steps, after compiling for half a minute. Ctrl-C ends it early, and saves.")
-  log.addHandler(Losses(args.save))
+  log.handlers.insert(0, Losses(args.save))  # a loss that was shown is kept, whenever Ctrl-C comes
   return found
 
 
