@@ -353,7 +353,8 @@ def trained(model, samples):
     said = model.generate(pictures, questions, max_tokens=longest + 1)  # what is longer is wrong
     answers += [(truth, answer.text) for truth, answer in zip(truths, said)]
     bar(len(answers), len(held), "pictures that it has not seen")
-  line = lambda text: " ".join(text.split()) or "nothing"
+  def line(text):
+    return " ".join(text.split()) or "nothing"
   for truth, answer in answers[:8]:
     log.info(f"  {line(truth)}: {'right' if answer == truth else line(answer)}")
   right = sum(truth == answer for truth, answer in answers)
