@@ -13,6 +13,7 @@ import vlm  # first, because it says what is not installed
 import numpy as np
 from tinygrad import Tensor
 
+vlm.open_device(None)  # which finds a compiler
 CHECKS = []  # in the order of the exercises
 SLIPS = {}   # {name of a check: {what is wrong: a function with that mistake}}
 
