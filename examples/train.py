@@ -132,7 +132,8 @@ class Trainer:
     """-> a function of the loss and the gradients of all `weights`, which changes these."""
     weights, optimizers = list(self.weights.values()), [optimizer for _, optimizer in self.optimizers]
     def update(value, gradients):
-      norm = Tensor.stack(*[g.square().sum() for g in gradients]).sum().sqrt()
+      # contiguous: or one group of a GPU's threads would sum all squares, in a kernel that takes minutes to compile
+      norm = Tensor.stack(*[g.square().sum().contiguous() for g in gradients]).sum().sqrt().contiguous()
       clip = (1 / (norm + 1e-6)).minimum(1).contiguous()  # to a norm of 1
       for t, g in zip(weights, gradients):
         t.grad = g * clip
