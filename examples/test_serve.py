@@ -588,10 +588,6 @@ def test_unusual_programs_are_forgotten(server, monkeypatch):
   assert all(C == 512 for _, C in toy().caches)
 
 
-def memory():
-  return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024  # MB
-
-
 def storm(server, requests, clients):
   """-> requests/s; each answer is compared."""
   def one(i):
@@ -606,21 +602,6 @@ def test_many_requests(server):
   assert all(alone(i) for i in range(8))
   storm(server, 24, 8)
 
-
-@pytest.mark.long
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
-def test_five_hundred_requests(server, capsys):
-  """None lost, none mixed up, memory flat; what is printed is how many a second, and asserted of nothing."""
-  assert all(alone(i) for i in range(8))
-  storm(server, 100, 8)
-  before, rates = memory(), []
-  for clients in (1, 8, 1, 8):
-    rates.append(storm(server, 125, clients))
-  with capsys.disabled():
-    print(f"\n{rates[0]:.1f} and {rates[2]:.1f} requests/s one at a time, {rates[1]:.1f} and {rates[3]:.1f} from 8 clients; "
-          f"memory {before:.0f} to {memory():.0f} MB")
-  assert memory() < before + 30
-
 # ---- the program ----
 def command(port):
   return [sys.executable, EXAMPLES / "serve.py", "--weights", ROOT / "weights" / "toy", "--port", str(port)]
@@ -632,18 +613,75 @@ def test_a_port_that_is_taken():
   assert program.returncode == 1 and "choose another --port" in program.stderr and program.stderr.count("\n") == 1
 
 
+@contextlib.contextmanager
+def running(folder):
+  """The program, ready -> its process and its address, as a server of this file has it"""
+  with subprocess.Popen(command(0), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    address = process.stdout.readline().strip()
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+", address)
+    yield SimpleNamespace(process=process, address=address, server_address=("127.0.0.1", int(address.rpartition(":")[2])))
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=20)
+    assert process.returncode == 130 and not stdout.strip() and "Traceback" not in stderr and "ready" in stderr
+
+
 @pytest.mark.long
 def test_program(tmp_path):
-  with subprocess.Popen(command(0), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
-    address = program.stdout.readline().strip()
-    assert re.fullmatch(r"http://127\.0\.0\.1:\d+", address)
-    assert json.loads(urllib.request.urlopen(f"{address}/health").read())["model"] == "toy"
-    page = urllib.request.urlopen(address)
+  with running(tmp_path) as server:
+    assert json.loads(urllib.request.urlopen(f"{server.address}/health").read())["model"] == "toy"
+    page = urllib.request.urlopen(server.address)
     assert page.read() == serve.PAGE.read_bytes() and "default-src 'none'" in page.headers["Content-Security-Policy"]
-    program.send_signal(signal.SIGINT)
-    stdout, stderr = program.communicate(timeout=20)
-    assert program.returncode == 130 and not stdout.strip() and "Traceback" not in stderr and "ready" in stderr
   assert not list(tmp_path.iterdir())
+
+
+def memory(process):
+  return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())[1]) / 1024  # MB
+
+
+READER = """if True:  # says when its answer has begun
+  import sys, urllib.request
+  asked = urllib.request.Request(sys.argv[1], open(sys.argv[2], "rb").read(), {"Content-Type": "application/json"})
+  with urllib.request.urlopen(asked) as answer:
+    answer.readline()
+    print(flush=True)
+    answer.read()
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
+def test_five_hundred_requests(tmp_path, capsys):
+  """None is lost, none mixed up; clients are killed, and a thousand more say nothing; memory stays flat. What is printed is
+  how many a second, and asserted of nothing."""
+  assert all(alone(i) for i in range(8))
+  with running(tmp_path) as server:
+    storm(server, 100, 8)
+    before, rates = memory(server.process), []
+    for clients in (1, 8, 1, 8):
+      rates.append(storm(server, 125, clients))
+    body, after = tmp_path / "body", [memory(server.process)]
+    body.write_text(json.dumps(question(stream=True, temperature=100)))  # which hardly ever ends by itself
+    for clients in (1, 8, 8):
+      reader = [sys.executable, "-c", READER, server.address + "/v1/chat/completions", body]
+      readers = [subprocess.Popen(reader, stdout=subprocess.PIPE) for _ in range(clients)]
+      for one in readers:
+        assert one.stdout.readline() == b"\n"
+      for one in readers:
+        one.kill()
+        assert one.wait() == -signal.SIGKILL
+        one.stdout.close()
+      storm(server, 8, 8)
+    after.append(memory(server.process))
+    crowd = [socket.create_connection(server.server_address) for _ in range(1000)]
+    storm(server, 8, 8)
+    for client in crowd:
+      client.close()
+    storm(server, 8, 8)
+    after.append(memory(server.process))
+  with capsys.disabled():
+    print(f"\n{rates[0]:.1f} and {rates[2]:.1f} requests/s one at a time, {rates[1]:.1f} and {rates[3]:.1f} from 8 clients; "
+          f"memory {before:.0f} MB, then {', '.join(f'{mb:.0f}' for mb in after)}")
+  assert max(after) < before + 30
 
 
 def test_the_page_needs_nothing_from_elsewhere():
