@@ -622,7 +622,7 @@ def running(folder):
     yield SimpleNamespace(process=process, address=address, server_address=("127.0.0.1", int(address.rpartition(":")[2])))
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=20)
-    assert process.returncode == 130 and not stdout.strip() and "Traceback" not in stderr and "ready" in stderr
+    assert process.returncode == 130 and not stdout.strip() and "Traceback" not in stderr and "warming" in stderr
 
 
 @pytest.mark.long
