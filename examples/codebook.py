@@ -153,7 +153,7 @@ def train(path, steps, count):
     return value.realize(points, *optimizer.schedule_step()), points
 
   step, start, recent = TinyJit(update), steps // 3, []
-  with Tensor.train():
+  with vlm.kernels.train():
     for i in range(steps):
       rate = 3e-3 * min((i + 1) / 50, .5 + .5 * np.cos(np.pi * i / steps))
       optimizer.lr.assign(Tensor([float(rate)], device=device)).realize()

@@ -1,14 +1,14 @@
 """Kernels for vlm.py, which takes from here what is named like one of its operations and has its arguments: C
-on a CPU (fast.c: shapes, types and switches go to it as #defines, so that each shape is compiled for itself),
-products with weights of 16 bits or fewer on a GPU, weights used where their file is mapped, quantised
-weights, and programs kept on disk, so that the next process starts without scheduler and compiler
-(PaliGemma-3B: 8 seconds). An operation returns None where vlm.py's own body is to do it. Imports nothing of
-vlm.
+on a CPU (fast.c: shapes, types and switches go to it as #defines, so that each shape is compiled for itself;
+threads.c: on all cores), products with weights of 16 bits or fewer on a GPU, weights used where their file is
+mapped, quantised weights, and programs kept on disk, so that the next process starts without scheduler and
+compiler (PaliGemma-3B: 8 seconds). An operation returns None where vlm.py's own body is to do it. Imports
+nothing of vlm.
 
-tinygrad's private interfaces are used in this file only: Buffer.copyin, Tensor.from_blob, UOps of a program
-given as C (Ops.PROGRAM), Opt lists of a kernel, ClangRenderer and friends to know what a device compiles, the
-pickling of a TinyJit and what it does to capture (jit_lower, capturing, do_to_program, the disk cache), DEV,
-CPU_COUNT and LLVM's context.
+tinygrad's private interfaces are used in this file only, those of 0.13 and of 0.14: memory of a buffer,
+Tensor.from_blob, UOps of a program given as C (Ops.PROGRAM), Opt lists of a kernel, ClangRenderer and friends
+to know what a device compiles, the pickling of a TinyJit and what it does to capture (jit_lower, capturing,
+do_to_program, the disk cache), GraphRunner, the CPU device's queue, DEV and LLVM's context.
 """
 import atexit
 import contextlib
@@ -20,9 +20,12 @@ import hashlib
 import importlib.metadata
 import io
 import math
+import mmap
 import os
 import pickle
 import platform
+import queue
+import re
 import shutil
 import sqlite3
 import stat
@@ -38,22 +41,21 @@ from pathlib import Path
 import numpy as np
 
 os.environ.setdefault("PATH", os.defpath)  # or tinygrad could not be imported
-from tinygrad import Device, Tensor, TinyJit, UOp, dtypes
+from tinygrad import Device, Tensor, TinyJit, UOp, dtypes, helpers
 from tinygrad.codegen import do_to_program
 from tinygrad.codegen.opt import Opt, OptOps
 from tinygrad.device import Buffer, Compiler
-from tinygrad.engine.jit import CapturedJit, _prepare_jit_inputs, jit_lower
-from tinygrad.engine.realize import capturing
-from tinygrad.helpers import (BEAM, CACHEDB, CACHELEVEL, CPU_COUNT, DEV, NULL_ALLOW_COPYOUT, disable_gc,
-                              diskcache_get, diskcache_put)
+from tinygrad.dtype import AddrSpace
+from tinygrad.engine.jit import CapturedJit, GraphRunner, _prepare_jit_inputs, jit_lower
+from tinygrad.engine.realize import capturing, get_runtime
+from tinygrad.helpers import (BEAM, CACHEDB, CACHELEVEL, DEV, NULL_ALLOW_COPYOUT, disable_gc, diskcache_get,
+                              diskcache_put)
 from tinygrad.nn.optim import LAMB
 from tinygrad.nn.state import get_parameters, get_state_dict
 from tinygrad.renderer import Estimates
 from tinygrad.renderer.cstyle import ClangRenderer, MetalRenderer
 from tinygrad.renderer.llvmir import LLVMRenderer
 from tinygrad.runtime.autogen import llvm
-from tinygrad.runtime.ops_cpu import CPUWorker
-from tinygrad.runtime.support.hcq import HCQAllocatorBase
 from tinygrad.uop import ops
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, ProgramInfo
 
@@ -66,28 +68,123 @@ WRAPPER = "zig-clang"  # in CACHE
 KEPT = 100  # files; the one unused for longest goes first. 0: none is read or written
 ROOM = 100_000_000  # bytes of them together; one has half a megabyte at most
 CHUNK = 512  # queries at a time, or memory would grow with the square of the picture: gigabytes at 896 pixels
+SHARED = 1 << 18  # multiply-adds: a kernel of fewer has one thread
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container, microseconds of so many
 GPUS = "/dev/nvidia*", "/dev/kfd", "/dev/dri", "/dev/kgsl*", "/dev/dxg"  # what Linux calls them
 
 
-PREPARING, CAPTURE = threading.local(), threading.RLock()
-FORKED = []  # not empty in a process that was forked off one with a device: tinygrad's threads are not in it
-if hasattr(os, "register_at_fork"):
-  os.register_at_fork(after_in_child=lambda: FORKED.extend(Device._opened_devices))
+# ---- 0. What differs between tinygrad 0.13 and 0.14 ----
+NEW = hasattr(helpers, "NUM_CPU_THREADS")
+if NEW:
+  from tinygrad.runtime.ops_cpu import CPUDevice, CPUProgram
+  from tinygrad.runtime.support.hcq2 import HCQAllocator as Allocator
+else:
+  from tinygrad.runtime.ops_cpu import CPUWorker
+  from tinygrad.runtime.support.hcq import HCQAllocatorBase as Allocator
+CORES = helpers.NUM_CPU_THREADS if NEW else helpers.CPU_COUNT  # that tinygrad's own kernels are made for
 
 
-UNFREED, free = [], HCQAllocatorBase._free
+def copy_in(buffer, array):
+  """Into a new buffer of a device, at once."""
+  data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+  buffer.ensure_allocated().allocator._copyin(buffer._buf, data)
+
+
+@contextlib.contextmanager
+def train(on=True):
+  """What is computed in this has gradients; 0.14 has no such switch any more."""
+  before, Tensor.training = training(), on
+  try:
+    yield
+  finally:
+    Tensor.training = before
+
+
+def training():
+  return getattr(Tensor, "training", False)
+
+
+if NEW:
+  helpers.TRAINING.value = 1  # which its optimizers want
+
+
+def as_floats(t, n):
+  """-> the memory of a tensor as n numbers of float32."""
+  base = t.uop.base
+  return Tensor(base.bitcast(dtypes.float) if NEW else UOp(Ops.BUFFER_VIEW, dtypes.float, (base,), (n, 0)))
+
+
+def custom_kernel(out, *others, **functions):
+  """-> `out` after a kernel, which reads all of them as they lie in memory."""
+  def as_it_lies(t):  # which 0.13 saw to by itself
+    return t if t.uop.op is Ops.AFTER or t.uop.base.op is Ops.BITCAST else t.contiguous()
+  return out.custom_kernel(*map(as_it_lies, others), **functions)[0]
+
+
+def submit(device, function, argument):
+  """Call function(None, argument) when a CPU device has done what it is to do before."""
+  if NEW:
+    return worker(device).tasks.put((function, argument))
+  queue_of_device = device.hw_compute_queue_t().cmd(function, argument)
+  queue_of_device.signal(device.timeline_signal, device.next_timeline()).submit(device)
+
+
+if NEW:
+  class CPUWorker(threading.Thread):
+    """Does what a CPU device is to do while Python goes on, as that of 0.13 does. 0.14's runs kernels at once."""
+    def __init__(self):
+      super().__init__(daemon=True)
+      self.tasks = queue.Queue()
+      self.start()
+
+    def run(self):
+      while True:
+        function, argument = self.tasks.get()
+        function(None, argument)
+        self.tasks.task_done()
+        del function, argument
+
+  @functools.cache
+  def worker(device):
+    return CPUWorker()
+
+  def after_others(plain):
+    """A method that waits until the worker of its device has nothing to do."""
+    @functools.wraps(plain)
+    def call(self, *args, **options):
+      worker(getattr(self, "dev", self)).tasks.join()
+      return plain(self, *args, **options)
+    return call
+  CPUDevice.synchronize, CPUProgram.__call__ = map(after_others, (CPUDevice.synchronize, CPUProgram.__call__))
+UNFREED, free = [], Allocator._free
 
 
 def free_by_others(allocator, *what):
-  """To free memory, tinygrad waits until its threads have nothing to do: where Python's garbage collector runs on
-  one of these it would wait for itself, for ever. Then the next thread that frees something does it."""
+  """To free memory, tinygrad waits until the device has nothing to do: where Python's garbage collector runs on the
+  thread that does it, that would wait for itself, for ever. Then the next thread that frees something does it."""
   UNFREED.append((allocator, *what))
   while UNFREED and not isinstance(threading.current_thread(), CPUWorker):
     with contextlib.suppress(IndexError):  # another thread was first
       free(*UNFREED.pop())
 
 
-HCQAllocatorBase._free = free_by_others
+Allocator._free = free_by_others
+
+
+def usable_cores():
+  """-> how many this process may use, in a container too."""
+  with contextlib.suppress(OSError, ValueError):  # no limit
+    quota, period = QUOTA.read_text().split()
+    return min(CORES.value, -(-int(quota) // int(period)))
+  return CORES.value
+
+
+asked = os.environ.get("VLM_THREADS") or str(usable_cores())
+THREADS = int(asked) if asked.isdecimal() else 0  # which open_device refuses
+PREPARING, CAPTURE = threading.local(), threading.RLock()
+FORKED = []  # not empty in a process that was forked off one with a device: tinygrad's threads are not in it
+if hasattr(os, "register_at_fork"):
+  os.register_at_fork(after_in_child=lambda: FORKED.extend(Device._opened_devices))
 
 
 # ---- 1. What vlm.py calls ----
@@ -100,12 +197,11 @@ def matmul(a, b, transposed=True):
 
 
 def rows(weight, ids):
-  if Tensor.training and weight.is_param and len(weight) < 10000:
+  if training() and weight.is_param and len(weight) < 10000:
     # A product with one-hot rows, because its gradient is a product too: that of a look-up took a third of
     # the step.
-    one_hot = (ids.unsqueeze(-1) == Tensor.arange(len(weight), device=ids.device)).float()
-    return matmul(one_hot, weight, transposed=False)
-  if Tensor.training and weight.is_param:
+    return matmul(ids.one_hot(len(weight)).float(), weight, transposed=False)
+  if training() and weight.is_param:
     return None
   return c_rows(weight, ids) if runs_c(ids.device) else None
 
@@ -157,7 +253,7 @@ def upload(array, device, name=None):
   if name and (read_by_c or device.startswith("CPU") and array.ctypes.data % 64 == 0):
     return Tensor.from_blob(array.ctypes.data, array.shape, dtype=kind, device=device)
   t = Tensor.empty(*array.shape, dtype=kind, device=device)
-  t.uop.base.buffer.ensure_allocated().copyin(np.ascontiguousarray(array).data)
+  copy_in(t.uop.base.buffer, array)
   return t
 
 
@@ -174,20 +270,24 @@ def join_scales(arrays, shapes):
 
 def open_device(name):
   """What has to be so before vlm.open_device opens it. Raises Fault."""
-  if not 1 <= CPU_COUNT.value <= 1024:
-    raise Fault(f"CPU_COUNT={CPU_COUNT.value}: at least 1, at most 1024")
+  if not 1 <= THREADS <= 1024:
+    raise Fault(f"VLM_THREADS={os.environ.get('VLM_THREADS')}: at least 1, at most 1024")
+  CORES.value = THREADS  # of tinygrad's own kernels
   if not compiler_cache():
     CACHELEVEL.value = 0
-  if name is not None and not (name and isinstance(name, str)):
-    raise Fault(f"device {name!r}: its name is to be a text, as CPU is")
+  if name is not None and not (isinstance(name, str) and re.fullmatch(r"\w+(:\d+)?", name)):
+    raise Fault(f"device {name!r}: its name is to be a text, such as CPU or CUDA:1")
   if name is None and not DEV.device and sys.platform == "linux" and not any(map(glob.glob, GPUS)):
     DEV.value = "CPU"  # tinygrad would come to this too, after it has imported all its drivers: 0.4 s
   kind = Device.canonicalize(name).partition(":")[0]
   if kind in ("NULL", "DISK", "NPY") and not NULL_ALLOW_COPYOUT:  # gpu_dry_run.py wants that
     raise Fault(f"device {kind} computes nothing; omit --device, DEV")
-  if kind == "CPU":
-    find_compiler()
+  if kind == "CPU" or NEW:  # of which other devices may have queues on the CPU
+    find_compiler(needed=kind == "CPU")
   with contextlib.suppress(Exception):  # of a device that is not there: that is said when it is opened
+    if kind == "CPU" and c_source():
+      start_threads()
+      Device[name].graph = Kernels
     if isinstance(Device[name].renderer, LLVMRenderer) and hasattr(llvm.dll, "LLVMContextSetOpaquePointers"):
       llvm.dll.LLVMContextSetOpaquePointers(Device[name].compiler.context, 1)  # newer than LLVM 15 know
 
@@ -201,6 +301,8 @@ def likeliest(logits):
 
 def capture(function, *shaped_by):
   owned, programs = owned_by(function), []
+  if runs_c(shaped_by[0]):
+    owned["threads"] = threads(shaped_by[0])
   path = kept_file(function, shaped_by, owned)
 
   def make(*inputs):
@@ -312,7 +414,7 @@ class Packed:
 
 def forward_in_c(x):
   """Whether x is for the kernels in C that have no gradient: not where something is differentiated."""
-  return runs_c(x.device) and not Tensor.training
+  return runs_c(x.device) and not training()
 
 
 def compiler_cache():
@@ -334,11 +436,11 @@ def compiler_cache():
 # ---- 2. C on a CPU ----
 
 
-def find_compiler():
+def find_compiler(needed=True):
   """tinygrad's CPU device calls clang. Without one: zig's (from PyPI), libLLVM, or tinygrad's slow
   assembler."""
   named = os.environ.get("CC")
-  if DEV.renderer or named and (named == str(CACHE / WRAPPER) or is_clang(named)):
+  if needed and DEV.renderer or named and (named == str(CACHE / WRAPPER) or is_clang(named)):
     return
   if named:
     print(f"CC={named} is not used: it compiles nothing, or is no clang, which tinygrad needs", file=sys.stderr)
@@ -350,6 +452,10 @@ def find_compiler():
     text = f"#!/bin/sh\nexec '{Path(ziglang.__file__).with_name('zig')}' clang \"$@\"\n".encode()
     os.environ["CC"] = str(kept_wrapper(text))
   except (ImportError, OSError):
+    if not needed:
+      return
+    if NEW:
+      raise Fault("no C compiler, which tinygrad 0.14 needs: `pip install ziglang`, or install clang", code=1) from None
     found = any(ctypes.util.find_library(f"LLVM{v}") for v in ("", *(f"-{n}" for n in range(15, 22))))
     DEV.value = "CPU:LLVM" if found else "CPU:X86"
     print("no C compiler, so answers come slowly; `pip install ziglang`, or install clang", file=sys.stderr)
@@ -385,10 +491,10 @@ def kept_wrapper(text):
 
 
 @functools.cache
-def c_source():
-  """The text of fast.c; "" where the CPU device compiles no C: DEV=CPU:LLVM, DEV=CPU:X86, or no compiler."""
+def c_source(name="fast.c"):
+  """The text of that file; "" where the CPU device compiles no C: DEV=CPU:LLVM, DEV=CPU:X86, or no compiler."""
   c = isinstance(Device["CPU"].renderer, ClangRenderer) and shutil.which(os.environ.get("CC", "clang"))
-  return Path(__file__).with_name("fast.c").read_text() if c else ""
+  return Path(__file__).with_name(name).read_text() if c else ""
 
 
 def runs_c(device):
@@ -400,24 +506,65 @@ def c_kernel(name, defines, outs, srcs, work, backward=None, code=None):
   """Run `kernel` of fast.c, or of other C, as a kernel of tinygrad's: scheduled, compiled once, captured and
   threaded like its own. {parameter: tensor} outs and srcs, work multiply-adds -> the first of outs, C's
   `out`."""
-  cores = CPU_COUNT.value if work > 1 << 20 else 1  # a second core costs 20 us a kernel: Python's queues
+  cores = THREADS if work > SHARED else 1
   kinds = {"x": "const float", "ids": "const int", "b": "const char", "bias": "const char",
            "seen": "const char", "scale": "const float", "values": "const float", "scratch": "int",
            "rates": "const float", "first": "float", "second": "float"}
-  args = "".join(f"{kinds[arg]} *restrict {arg}, " for arg in [*list(outs)[1:], *srcs])
-  defines = {"ARGS": args, "CORES": cores, "ROUNDED": 0, "FLOAT16": 0, "FEW": 8} | defines
-  source = "".join(f"#define {k} {v}\n" for k, v in defines.items()) + (code or c_source())
-
-  def program(*bufs):
-    core_id = UOp.variable("core_id", 0, cores - 1, dtypes.int)  # one call for each value, in parallel
-    size = sum(t.nbytes() for t in [*outs.values(), *srcs.values()])
-    sink = UOp.sink(*bufs, core_id, arg=KernelInfo(name=name, estimates=Estimates(2 * work, size, size)))
-    ids = tuple(range(len(bufs)))
-    info = ProgramInfo(name, (cores, 1, 1), None, (core_id,), ids, ids[:len(outs)], ids[len(outs):])
-    steps = UOp(Ops.DEVICE, arg="CPU"), UOp(Ops.LINEAR, src=(*sink.src, sink)), UOp(Ops.SOURCE, arg=source)
-    return UOp(Ops.PROGRAM, src=(sink, *steps), arg=info)
+  names = [*list(outs)[1:], *srcs]
+  args = "".join(f"{kinds[arg]} *restrict {arg}, " for arg in names)
+  given = "".join(f"p[{i}], " for i in range(len(names) + 1))
+  defines = {"ARGS": args, "GIVEN": given, "POINTERS_TO": ", ".join(f"(void *){arg}" for arg in ("out", *names)),
+             "CORES": cores, "ROUNDED": 0, "FLOAT16": 0, "FEW": 8} | defines
+  source = c_program(defines, code or c_source())
+  size = sum(t.nbytes() for t in [*outs.values(), *srcs.values()])
+  work = Estimates(2 * work, size, size)
   first, *rest = outs.values()
-  return first.custom_kernel(*rest, *srcs.values(), fxn=program, grad_fxn=backward)[0]
+  return custom_kernel(first, *rest, *srcs.values(), threads(first.device), grad_fxn=backward,
+                       fxn=functools.partial(program_of, name, source, work, len(outs)))
+
+
+def c_program(defines, code):
+  """-> C text, with what shares its work among threads."""
+  return "".join(f"#define {k} {v}\n" for k, v in defines.items()) + code + c_source("threads.c")
+
+
+def program_of(name, source, work, outs, *bufs):
+  """A kernel in C as a program of tinygrad's; the first of its buffers are its outputs."""
+  sink, ids = UOp.sink(*bufs, arg=KernelInfo(name=name, estimates=work)), tuple(range(len(bufs)))
+  info = ProgramInfo(name, (1, 1, 1), (1, 1, 1), (), ids, ids[:outs], ids[outs:])
+  steps = [UOp(Ops.LINEAR, src=(*sink.src, sink)), UOp(Ops.SOURCE, arg=source)]
+  return UOp(Ops.PROGRAM, src=(sink, *([] if NEW else [UOp(Ops.DEVICE, arg="CPU")]), *steps), arg=info)
+
+
+MEMORY = mmap.mmap(-1, mmap.PAGESIZE)
+ctypes.pythonapi.Py_IncRef(ctypes.py_object(MEMORY))  # never freed: threads are there until the process has ended
+POOL = np.frombuffer(MEMORY, np.uint64)[:64]  # see threads.c
+
+
+@functools.cache
+def start_threads():
+  """Once a process."""
+  libc, place = ctypes.CDLL(None), POOL.ctypes.data
+  if libc.sem_init(ctypes.c_void_p(place + 8 * 32), 0, 0):
+    return  # macOS
+  for i, name in enumerate(("sem_wait", "sem_post", "sched_yield")):
+    POOL[26 + i] = ctypes.cast(getattr(libc, name), ctypes.c_void_p).value
+  for _ in range(THREADS - 1):
+    threading.Thread(target=c_function("WORKER"), args=[ctypes.c_uint64(place)], daemon=True).start()
+
+
+@functools.cache
+def c_function(kind):
+  """-> what threads.c makes of this #define, for ctypes."""
+  source = c_program({kind: 1, "MOST": Kernels.MOST}, "")
+  program = program_of(kind, source, Estimates(), 0, UOp.placeholder((64,), dtypes.uint64, 0))
+  return get_runtime("CPU", do_to_program(program, Device["CPU"].renderer)).fxn
+
+
+@functools.cache
+def threads(device):
+  """-> what kernels find the threads by, on that device."""
+  return Tensor.from_blob(POOL.ctypes.data, POOL.shape, dtype=dtypes.uint64, device=device)
 
 
 def to_float32(t):
@@ -442,19 +589,19 @@ def c_matmul(a, b, kind, batched):
   outs = {"out": empty(a, *((*lead, I, J) if kind == "tn" else (*a.shape[:-1], J)))}
   rounded = kind == "nt" and b.dtype in (dtypes.uint16, dtypes.int8, dtypes.uint8) and not PORTABLE
   if rounded:  # a in bfloat16, once for each core
-    outs["scratch"] = empty(a, CPU_COUNT.value, I, -(-K // 32) * 16 + 16, dtype=dtypes.int32)
+    outs["scratch"] = empty(a, THREADS, I, -(-K // 32) * 16 + 16, dtype=dtypes.int32)
   defines = {"MATMUL": 1, "BATCH": Z, "I": I, "J": J, "K": K, "BITS": bits, "ROUNDED": int(rounded),
              "A_T": int(kind == "tn"), "B_T": int(kind == "nt"), "FLOAT16": int(b.dtype == dtypes.float16),
              "FEW": 8 * (kind == "nt" and Z <= 1)}
 
   def backward(grad, call):
-    d, a, b, *scale = Tensor(grad), *map(Tensor, call.src[1 + len(outs):])
+    d, a, b, *scale = Tensor(grad), *map(Tensor, call.src[1 + len(outs):-1])  # the last are the threads
     if bits < 32:
       weight = Packed(b, *scale, (J, K)) if scale else b  # as it is: in float32 an embedding has gigabytes
-      return *[None] * len(outs), c_matmul(d, weight, "nn", False).uop, *[None] * (1 + len(scale))
+      return *[None] * len(outs), c_matmul(d, weight, "nn", False).uop, *[None] * (2 + len(scale))
     ways = {"nt": ((d, b, "nn"), (d, a, "tn")), "nn": ((d, b, "nt"), (a, d, "tn")),
             "tn": ((b, d, "nt"), (a, d, "nn"))}
-    return None, *(c_matmul(*way, batched).uop for way in ways[kind])
+    return None, *(c_matmul(*way, batched).uop for way in ways[kind]), None
   name = f"matmul_{kind}_{b.dtype.name}_{Z}_{I}_{J}_{K}"
   return c_kernel(name, defines, outs, {"x": a} | sources(b), Z * I * J * K, backward)
 
@@ -499,7 +646,7 @@ def gpu_matmul(x, w):
   device = Device[x.device if single else x.device[0]]
   renderer, views = device.renderer, hasattr(device.allocator, "_offset")  # of a buffer: not CL and WebGPU
   I, (N, K) = x.numel() // x.shape[-1], w.shape
-  if Tensor.training or FORMATS[w.dtype] == 32 or not renderer.has_local:
+  if training() or FORMATS[w.dtype] == 32 or not renderer.has_local:
     return None
   if I <= 8:
     in_words = K % (32 if w.dtype == dtypes.uint8 else 4) == 0
@@ -532,7 +679,7 @@ def unpacked(w, x, kind):
     number = (data[n, group * 16 + pair] >> (half * 4).cast(dtypes.uint8) & 15).cast(dtypes.float) - 8
     store = out[n, group * 32 + pair * 2 + half].store((number * scale[n, group]).cast(kind))
     return store.end(n, group, pair, half).sink(arg=KernelInfo(name=f"unpacked_{w.shape[0]}_{w.shape[1]}"))
-  return empty(x, *w.shape, dtype=kind).custom_kernel(w.data, w.scale, x, fxn=kernel)[0]
+  return custom_kernel(empty(x, *w.shape, dtype=kind), w.data, w.scale, x, fxn=kernel)
 
 
 def few_rows(x, w):
@@ -542,8 +689,7 @@ def few_rows(x, w):
   (I, K), N, bits = x.shape, w.shape[0], FORMATS[w.dtype]
   data, *scales = sources(w).values()
   each = 32 // bits  # numbers in a word
-  view = UOp(Ops.BUFFER_VIEW, dtypes.float, (data.uop.base,), (N * K // each, 0))
-  words = Tensor(view).reshape(N, K // each)
+  words = as_floats(data, N * K // each).reshape(N, K // each)
 
   def number(word, j):
     word, shift = word.bitcast(dtypes.uint32), (j * bits).cast(dtypes.uint32)
@@ -572,7 +718,7 @@ def few_rows(x, w):
             Opt(OptOps.LOCAL, 1 if I > 1 else 0, math.gcd(N, 4)), Opt(OptOps.UPCAST, 0, I)]
     info = KernelInfo(name=f"few_rows_{bits}_{I}_{N}_{K}", opts_to_apply=tuple(o for o in opts if o.arg > 1))
     return out[i, n].store(total).end(i, n).sink(arg=info)
-  return empty(x, I, N).custom_kernel(x, words, *scales, fxn=kernel)[0]
+  return custom_kernel(empty(x, I, N), x, words, *scales, fxn=kernel)
 
 
 # ---- 4. Programs ----
@@ -627,7 +773,7 @@ class Ahead(Compiler):
     super().__init__()
     self.known, self.compiler, self.renderer = renderer, renderer.compiler, copy.copy(renderer)
     self.renderer.compiler, self.begun = self, {}
-    self.pool = futures.ThreadPoolExecutor(CPU_COUNT.value)
+    self.pool = futures.ThreadPoolExecutor(THREADS)
 
   def compile(self, source):
     """What tinygrad calls when it has rendered a kernel."""
@@ -685,6 +831,46 @@ def captured(function, inputs, device):
     jit.captured, jit.cnt = CapturedJit(result, linear, names, kinds), 2
     del jit.latest
     return jit
+
+
+class Kernels(GraphRunner):
+  """Kernels of a program, run one after the other by one call of threads.c: tinygrad's queue takes some 25 us of
+  Python for each."""
+  MOST = 32  # arguments of a kernel
+
+  @staticmethod
+  def supports_uop(devices, call):
+    sizes = call.src[0].arg.global_size or () if call.src[0].op is Ops.PROGRAM else ("none",)
+    return (len(call.src) <= Kernels.MOST and all(isinstance(size, int) for size in sizes)
+            and GraphRunner.supports_uop(devices, call))
+
+  def __init__(self, linear, input_uops=()):
+    super().__init__(linear, input_uops)
+    self.on, self.rows, self.inputs = self.calls[0][2][0].device, [], []
+    for i, (_, program, bufs, fixed) in enumerate(self.calls):
+      info, part = program.arg, program.arg.runtimevars.get("core_id", 0)
+      values = [bufs[g]._buf.va_addr for g in info.globals] + [fixed.get(v.expr, 0) for v in info.vars]
+      function = ctypes.cast(self.runtimes[i].fxn, ctypes.c_void_p).value
+      row = [function, (info.global_size or (1,))[0], len(info.globals) + part, *values]
+      self.rows.append(row + [0] * (3 + self.MOST - len(row)))
+      self.inputs += [(i, 3 + info.globals.index(place), slot) for place, slot in self.uop_replace[i]]
+    self.rows = np.array(self.rows, np.uint64)
+
+  def __call__(self, input_uops, var_vals, wait=False):
+    rows, start = self.rows.copy(), time.perf_counter()
+    for i, place, slot in self.inputs:
+      rows[i, place] = input_uops[slot].buffer.ensure_allocated()._buf.va_addr
+    for i, place, value in self.updated_vars(var_vals):
+      rows[i, 3 + len(self.calls[i][1].arg.globals) + place] = value
+    device = Device[self.on]
+    submit(device, functools.partial(self.run, c_function("ROWS_OF_KERNELS")), rows)
+    if wait:
+      device.synchronize()
+    return time.perf_counter() - start if wait else None
+
+  @staticmethod
+  def run(function, thread, rows):
+    function(*map(ctypes.c_uint64, (rows.ctypes.data, POOL.ctypes.data, len(rows))))
 
 
 # ---- 5. Programs on disk ----
@@ -759,11 +945,11 @@ def kept_file(function, shaped_by, owned):
   if not KEPT or isinstance(device, tuple):
     return None
   tensors, renderer = [(name, t.shape, t.dtype) for name, t in owned.items()], Device[device].renderer
-  machine = str(renderer.target), CPU_COUNT.value, os.environ.get("CC"), platform.platform(), processor()
+  machine = str(renderer.target), THREADS, os.environ.get("CC"), platform.platform(), processor()
   known = hashlib.sha256()
   for part in (code_of(function), shaped_by, PORTABLE, tensors, type(renderer), machine):
     known.update(repr(part).encode())
-  for source in ("fast.c", "fast.py", "lora.py"):
+  for source in ("fast.c", "threads.c", "fast.py", "lora.py"):
     known.update(Path(__file__).with_name(source).read_bytes())
   known.update(importlib.metadata.version("tinygrad").encode())
   return CACHE / f"{known.hexdigest()[:32]}.program"
@@ -818,8 +1004,11 @@ class Writer(pickle.Pickler):
   def persistent_id(self, thing):
     if thing.__class__ is not UOp:
       return None
-    # UNIQUE tells buffers of a size apart; the process that reads this may have given that number to another.
-    return thing.arg if thing.op is Ops.UNIQUE else self.names.get(thing)
+    # A number tells buffers of a size apart; the process that reads this may have given it to another.
+    if not NEW:
+      return thing.arg if thing.op is Ops.UNIQUE else self.names.get(thing)
+    if thing.op is Ops.BUFFER and thing.addrspace is AddrSpace.GLOBAL:  # of no registers, of no variable
+      return self.names.get(thing) or (thing.arg.slot, thing.device, thing.max_numel(), thing.dtype)
 
   def reducer_override(self, thing):
     if thing.__class__ is not Buffer:
@@ -832,7 +1021,7 @@ class Writer(pickle.Pickler):
 # What a captured TinyJit is made of, all of it tinygrad's.
 CLASSES = {"AddrSpace", "AxisType", "Buffer", "BufferSpec", "CallInfo", "CapturedJit", "ConstFloat", "DType",
            "Estimates", "ImageDType", "InvalidType", "KernelInfo", "Metadata", "Ops", "Opt", "OptOps",
-           "ProgramInfo", "PtrDType", "Tensor", "TinyJit", "UOp"}
+           "ParamArg", "ProgramInfo", "PtrDType", "Target", "Tensor", "TinyJit", "UOp", "_TinyJit"}
 
 
 class Reader(pickle.Unpickler):
@@ -850,7 +1039,7 @@ class Reader(pickle.Unpickler):
     if isinstance(key, str):
       return self.buffers[key]
     if key not in self.unique:
-      self.unique[key] = UOp.unique()
+      self.unique[key] = UOp.new_buffer(*key[1:]) if NEW else UOp.unique()
     return self.unique[key]
 
 

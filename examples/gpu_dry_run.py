@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vlm.py, wherever this is started from
 import vlm  # first, because it says what is not installed
 import numpy as np
+from tinygrad import helpers
 from tinygrad.device import Compiler, Device
 from tinygrad.helpers import CACHELEVEL, DEV, JIT, MAX_KERNEL_BUFFERS, NULL_ALLOW_COPYOUT, GlobalCounters
 from tinygrad.nn.state import get_state_dict
@@ -42,6 +43,8 @@ def stand_in(target):
   from tinygrad.runtime.support import compiler_cuda
   vlm.kernels.KEPT = 0  # nothing of this is for a real device
   JIT.value, CACHELEVEL.value, NULL_ALLOW_COPYOUT.value = 2, 0, 1
+  if hasattr(helpers, "PARALLEL"):
+    helpers.PARALLEL.value = 0  # other processes would know nothing of this
   if target.startswith("METAL"):
     MAX_KERNEL_BUFFERS.value = 31  # as tinygrad has it for METAL itself
 
@@ -57,8 +60,9 @@ def stand_in(target):
   compiler_cuda.NVRTCCompiler = Source
   seen, run = set(), ops_null.NullProgram.__call__
 
-  def load(self, device, name, lib, *args, **kwargs):
-    self.device, self.name, self.lib = device, name, lib
+  def load(self, device, program, lib=None, *args, **kwargs):  # a name and a text in tinygrad 0.13
+    self.device, self.name, self.lib = device, getattr(program, "name", program), getattr(program, "lib", lib)
+    self.profile_key = None
 
   def call(self, *bufs, local_size=(1, 1, 1), **kwargs):
     if self.lib not in seen:

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vlm.py, wherever
 import batch
 import vlm
 
-THREADS = "CPU_COUNT"  # how many tinygrad's CPU device uses
+THREADS = "VLM_THREADS"  # how many a CPU device uses
 OTHERS = 4  # Ray's own tasks, which read, look up what is done, and write: they wait forever for a processor
 
 

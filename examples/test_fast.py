@@ -169,7 +169,7 @@ def test_adamw_is_tinygrads(device, monkeypatch):
     return Tensor.realize(*ours.schedule_step())
   step = TinyJit(step)
   step.cnt = 1
-  with Tensor.train():
+  with vlm.kernels.train():
     for i in range(4):
       gradients = [normal(*shape, seed=10 + i) for shape in shapes]
       step(*map(tensor, gradients))
@@ -524,7 +524,7 @@ def test_kernels_are_compiled_together(monkeypatch):
   """Each once, several at a time where there are cores; what the compiler does not take is an error."""
   compiler, sources = fast.Device["CPU"].renderer.compiler, []
   barrier, compile_one = threading.Barrier(2), type(compiler).compile
-  monkeypatch.setattr(fast, "CPU_COUNT", types.SimpleNamespace(value=2))
+  monkeypatch.setattr(fast, "THREADS", 2)
   monkeypatch.setattr(fast, "diskcache_get", lambda *key: None)
   monkeypatch.setattr(fast.Ahead, "done", {})
 

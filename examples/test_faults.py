@@ -146,10 +146,10 @@ def test_sigterm_is_an_end_like_another(tmp_path):
   assert job.returncode == 143 and b"Traceback" not in err and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("cores", ["0", "-1", "99999999"])
+@pytest.mark.parametrize("cores", ["0", "-1", "two", "99999999"])
 def test_cores_that_are_none(cores):
-  code, out, err = shell('"$@"', *ASK, env={"CPU_COUNT": cores})
-  assert (code, out) == (2, "") and f"CPU_COUNT={cores}: at least 1" in err
+  code, out, err = shell('"$@"', *ASK, env={"VLM_THREADS": cores})
+  assert (code, out) == (2, "") and f"VLM_THREADS={cores}: at least 1" in err
 
 
 @pytest.mark.long
@@ -188,21 +188,22 @@ def works(*command):
 
 @pytest.mark.skipif(ROOT_USER and not works("setpriv", "--bounding-set=-dac_override", "true"), reason="no setpriv")
 def test_a_warm_cache_that_can_only_be_read_is_used(tmp_path):
-  """nothing is compiled again: a compiler that counts is asked once, whether it is clang"""
+  """no kernel is compiled again: a compiler that counts is asked whether it is clang, and for threads and queues, which
+  tinygrad keeps in a folder of its own"""
   zig = shutil.which("clang") or f"{Path(pytest.importorskip('ziglang').__file__).with_name('zig')} clang"
   compiler, asked, cache = tmp_path / "clang", tmp_path / "asked", tmp_path / "cache"
   compiler.write_text(f"#!/bin/sh\necho >> '{asked}'\nexec {zig} \"$@\"\n")
   compiler.chmod(0o755)
   env = {"CC": str(compiler), "XDG_CACHE_HOME": str(cache)}
   assert shell('"$@"', *ASK, env=env)[:2] == (0, RIGHT + "\n")
-  assert asked.read_text().count("\n") > 5
+  assert asked.read_text().count("\n") > 15
   asked.unlink()
   shutil.rmtree(cache / "tinygrad")  # of vlm's own programs alone
   for path in (*cache.glob("*/*"), *cache.iterdir(), cache):
     path.chmod(0o500)
   obeying = "setpriv --bounding-set=-dac_override " if ROOT_USER else ""  # root may write anywhere, but without that
   assert shell(obeying + '"$@"', *ASK, env=env)[:2] == (0, RIGHT + "\n")
-  assert asked.read_text() == "\n"
+  assert asked.read_text().count("\n") <= 7
   for path in (cache, *cache.iterdir()):
     path.chmod(0o700)
   assert [path.name for path in cache.iterdir()] == ["vlm"]

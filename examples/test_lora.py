@@ -214,7 +214,7 @@ def test_gradients_by_layer_are_those_of_the_whole(kind):
   weights = get_state_dict(model.net)
   for t in weights.values():
     t.replace(Tensor(t.numpy()).realize()).is_param_()
-  with Tensor.train():
+  with vlm.kernels.train():
     value = vlm.loss(model.net, *batch)
     right = value.gradient(*weights.values())
     value.realize(*right)

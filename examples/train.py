@@ -152,7 +152,7 @@ class Trainer:
   def step(self, batch, lr):
     """One update -> the loss before it."""
     self.set_rate(lr)
-    with Tensor.train():
+    with vlm.kernels.train():
       return self.step_jit(*batch).item()
 
   def set_rate(self, lr):
@@ -191,7 +191,7 @@ class LayerTrainer(Trainer):
         total[name] += g * np.float32(n / sum(tokens))
     device = self.optimizers[0][1].device
     inputs = [vlm.upload(a, device) for a in (np.full((), value, np.float32), *total.values())]
-    with Tensor.train():
+    with vlm.kernels.train():
       return self.update_jit(*inputs).item()
 
   def loss(self, batch):
