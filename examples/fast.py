@@ -545,10 +545,14 @@ POOL = np.frombuffer(MEMORY, np.uint64)[:64]  # see threads.c
 def start_threads():
   """Once a process."""
   libc, place = ctypes.CDLL(None), POOL.ctypes.data
-  if libc.sem_init(ctypes.c_void_p(place + 8 * 32), 0, 0):
-    return  # macOS
-  for i, name in enumerate(("sem_wait", "sem_post", "sched_yield")):
-    POOL[26 + i] = ctypes.cast(getattr(libc, name), ctypes.c_void_p).value
+  if sys.platform == "darwin":  # where sem_init does nothing
+    names, libc.dispatch_semaphore_create.restype = ("dispatch_semaphore_wait", "dispatch_semaphore_signal"), ctypes.c_void_p
+    semaphore = libc.dispatch_semaphore_create(ctypes.c_long(0))
+  else:
+    names, semaphore = ("sem_wait", "sem_post"), place + 8 * 32
+    libc.sem_init(ctypes.c_void_p(semaphore), 0, 0)
+  functions = [ctypes.cast(getattr(libc, name), ctypes.c_void_p).value for name in (*names, "sched_yield")]
+  POOL[26:30] = *functions, semaphore
   for _ in range(THREADS - 1):
     threading.Thread(target=c_function("WORKER"), args=[ctypes.c_uint64(place)], daemon=True).start()
 

@@ -7,7 +7,7 @@
 // work alone, and so does everybody after a fork, which has no such threads.
 typedef unsigned long word;
 typedef void (*task)(void **, int);
-enum {WORD, LEFT = 8, TASK = 16, POINTERS, BUSY = 24, ASLEEP, WAIT, POST, YIELD, SEMAPHORE = 32};
+enum {WORD, LEFT = 8, TASK = 16, POINTERS, BUSY = 24, ASLEEP, WAIT, POST, YIELD, SEMAPHORE};  // the last four: fast.py's
 #if defined(__x86_64__)
 #define PAUSE __builtin_ia32_pause()
 #else
@@ -29,7 +29,7 @@ static void sleep(word *pool, word seen) {
   if (READ(WORD) >> 32 != seen)  // work came meanwhile: whoever brought it either has counted this thread or has not
     for (word n = READ(ASLEEP); n; )
       if (__atomic_compare_exchange_n(&pool[ASLEEP], &n, n - 1, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) return;
-  while (((int (*)(void *))pool[WAIT])(&pool[SEMAPHORE]));  // not 0: a signal
+  while (((int (*)(word, word))pool[WAIT])(pool[SEMAPHORE], ~0ul));  // not 0: a signal; a Mac wants to know for how long
 }
 void kernel(word *pool) {
   for (word seen = READ(WORD) >> 32;; take_parts(pool)) {
@@ -51,7 +51,7 @@ static void parallel(word *pool, task run, void **p, int parts) {
   pool[POINTERS] = (word)p;
   WRITE(LEFT, parts);
   WRITE(WORD, ((READ(WORD) >> 32) + 1) << 32 | parts << 16);
-  for (word n = SWAP(ASLEEP, 0); n; n--) ((int (*)(void *))pool[POST])(&pool[SEMAPHORE]);
+  for (word n = SWAP(ASLEEP, 0); n; n--) ((int (*)(word))pool[POST])(pool[SEMAPHORE]);
   take_parts(pool);
   for (int n = 0; READ(LEFT); n++)
     if (n < 10000) PAUSE;
