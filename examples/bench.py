@@ -6,6 +6,7 @@
     python examples/bench.py DIR --check --python REF           does transformers choose the same tokens?
     python examples/bench.py DIR --quantized [--vs ...]         8 and 4 bits: speed, agreement with DIR
     python examples/bench.py DIR --sides 224 448 896            seconds and memory of larger pictures
+    python examples/bench.py DIR --batches 1 8 32              pictures a second, so many at once
     python examples/bench.py --products                         the matmul kernel beside the machine
     python examples/bench.py --train                            the toy's training step, and its kernels
 
@@ -380,6 +381,30 @@ def sides(folder, wanted):
           f"{rate:.0f} | {result['memory']:.2f} |", flush=True)
 
 
+def batches(folder, sizes):
+  """A caption of TOKENS tokens for each of so many pictures at once, beside what the machine's limits allow."""
+  multiply, read = limits()
+  model = vlm.load(folder)
+  numbers = sum(t.numel() for t in get_state_dict(model.net.language_model).values())  # in a token: multiply-adds
+  side, rng = model.config.vision.image_size, np.random.default_rng(0)
+  print("| pictures at once | vision, s | prefill, s | decode, s | pictures/s | of the limit |")
+  print("|---" * 6 + "|")
+  for size in sizes:
+    for _ in range(2):  # the first one compiles
+      images = [rng.uniform(-1, 1, (3, side, side)).astype(np.float32) for _ in range(size)]
+      token, _, positions, slot = model.prefix(images, PROMPTS[:1] * size, TOKENS)
+      start = time.perf_counter()
+      for i in range(TOKENS - 1):
+        token = model.decode(token, slot + i, positions)[0].numpy()
+      decode = time.perf_counter() - start
+    vlm.log.debug("")  # clears the line that the row is about to be on
+    vision, prefill = model.timings["vision_s"], model.timings["prefill_s"]
+    limit = size * sum(arithmetic(model.config, len(TEXT))) / multiply
+    limit += (TOKENS - 1) * max(bytes_read(model) / read, size * numbers / multiply)
+    total = vision + prefill + decode
+    print(f"| {size} | {vision:.3f} | {prefill:.3f} | {decode:.3f} | {size / total:.3g} | {limit / total:.0%} |", flush=True)
+
+
 def products():
   """The matmul kernel beside the machine: multiply-adds for 264 rows, bytes for one."""
   import quantize
@@ -505,7 +530,7 @@ def check(folder, python):
   return all(agree)
 
 
-MODES = "check", "quantized", "sides", "products", "train"
+MODES = "check", "quantized", "sides", "batches", "products", "train"
 GOES_WITH = {"vs": ("", "quantized"), "beside": ("",), "repeat": ("", "quantized"),
              "python": ("", "quantized", "check")}
 
@@ -522,6 +547,7 @@ def main(argv):
   modes.add_argument("--check", action="store_true", help="does transformers choose the same tokens?")
   modes.add_argument("--quantized", action="store_true", help="8 and 4 bits: speed, agreement with DIR")
   modes.add_argument("--sides", type=int, nargs="+", metavar="S", help="seconds and memory of other pictures")
+  modes.add_argument("--batches", type=int, nargs="+", metavar="N", help="pictures a second, so many at once")
   modes.add_argument("--products", action="store_true", help="the matmul kernel beside the machine's limits")
   modes.add_argument("--train", action="store_true", help="the toy's training step, where its time goes")
   modes.add_argument("--worker", help=argparse.SUPPRESS)
@@ -540,8 +566,8 @@ def main(argv):
     raise vlm.Fault("--vs transformers and --check, and nothing else, go with --python REF")
   if args.beside and not (args.beside / "examples" / "bench.py").is_file():
     raise vlm.Fault(f"--beside {args.beside}: there is no examples/bench.py")
-  if repeat < 1 or min(args.sides or [1]) < 1:
-    raise vlm.Fault("--repeat and --sides: at least 1")
+  if repeat < 1 or min([*(args.sides or []), *(args.batches or []), 1]) < 1:
+    raise vlm.Fault("--repeat, --sides and --batches: at least 1")
   if mode == "products":
     return products()
   if mode == "train":
@@ -556,6 +582,8 @@ def main(argv):
     quantized(folder, repeat, args.python)
   elif mode == "sides":
     sides(folder, args.sides)
+  elif mode == "batches":
+    batches(folder, args.batches)
   else:
     compare(folder, repeat, args.python, args.beside and args.beside.resolve())
 

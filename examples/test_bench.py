@@ -63,6 +63,14 @@ def test_sides(measure):
 
 
 @pytest.mark.long
+def test_batches(measure):
+  rows = measure(TINY, "--batches", "1", "3")
+  assert [row[0] for row in rows] == ["1", "3"]
+  for size, *seconds, rate, share in rows:
+    assert abs(int(size) / sum(map(float, seconds)) / float(rate) - 1) < .1 and re.fullmatch(r"\d+%", share)
+
+
+@pytest.mark.long
 def test_products(measure):
   assert len(measure("--products")) == 7 and vlm.kernels.PORTABLE is False
 
