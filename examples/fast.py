@@ -131,7 +131,7 @@ def submit(device, function, argument):
 
 if NEW:
   class CPUWorker(threading.Thread):
-    """Does what a CPU device is to do while Python goes on, as that of 0.13 does. 0.14's runs kernels at once."""
+    """Does what a CPU device is to do while Python goes on, as 0.13's does; 0.14 itself would wait for it."""
     def __init__(self):
       super().__init__(daemon=True)
       self.tasks = queue.Queue()
@@ -160,8 +160,9 @@ UNFREED, free = [], Allocator._free
 
 
 def free_by_others(allocator, *what):
-  """To free memory, tinygrad waits until the device has nothing to do: where Python's garbage collector runs on the
-  thread that does it, that would wait for itself, for ever. Then the next thread that frees something does it."""
+  """To free memory, tinygrad waits until the device has nothing to do: where Python's garbage collector runs
+  on the thread that does it, it would wait for itself, for ever. Then the next thread that frees something
+  does it."""
   UNFREED.append((allocator, *what))
   while UNFREED and not isinstance(threading.current_thread(), CPUWorker):
     with contextlib.suppress(IndexError):  # another thread was first
@@ -455,7 +456,7 @@ def find_compiler(needed=True):
     if not needed:
       return
     if NEW:
-      raise Fault("no C compiler, which tinygrad 0.14 needs: `pip install ziglang`, or install clang", code=1) from None
+      raise Fault("no C compiler, which tinygrad 0.14 needs: `pip install ziglang`, or install clang", 1) from None
     found = any(ctypes.util.find_library(f"LLVM{v}") for v in ("", *(f"-{n}" for n in range(15, 22))))
     DEV.value = "CPU:LLVM" if found else "CPU:X86"
     print("no C compiler, so answers come slowly; `pip install ziglang`, or install clang", file=sys.stderr)
@@ -492,7 +493,7 @@ def kept_wrapper(text):
 
 @functools.cache
 def c_source(name="fast.c"):
-  """The text of that file; "" where the CPU device compiles no C: DEV=CPU:LLVM, DEV=CPU:X86, or no compiler."""
+  """The text of that file; "" where the CPU device compiles no C: CPU:LLVM, CPU:X86, or no compiler."""
   c = isinstance(Device["CPU"].renderer, ClangRenderer) and shutil.which(os.environ.get("CC", "clang"))
   return Path(__file__).with_name(name).read_text() if c else ""
 
@@ -513,8 +514,9 @@ def c_kernel(name, defines, outs, srcs, work, backward=None, code=None):
   names = [*list(outs)[1:], *srcs]
   args = "".join(f"{kinds[arg]} *restrict {arg}, " for arg in names)
   given = "".join(f"p[{i}], " for i in range(len(names) + 1))
-  defines = {"ARGS": args, "GIVEN": given, "POINTERS_TO": ", ".join(f"(void *){arg}" for arg in ("out", *names)),
-             "CORES": cores, "ROUNDED": 0, "FLOAT16": 0, "FEW": 8} | defines
+  pointers = ", ".join(f"(void *){arg}" for arg in ("out", *names))
+  defines = {"ARGS": args, "GIVEN": given, "POINTERS_TO": pointers, "CORES": cores,
+             "ROUNDED": 0, "FLOAT16": 0, "FEW": 8} | defines
   source = c_program(defines, code or c_source())
   size = sum(t.nbytes() for t in [*outs.values(), *srcs.values()])
   work = Estimates(2 * work, size, size)
@@ -537,7 +539,7 @@ def program_of(name, source, work, outs, *bufs):
 
 
 MEMORY = mmap.mmap(-1, mmap.PAGESIZE)
-ctypes.pythonapi.Py_IncRef(ctypes.py_object(MEMORY))  # never freed: threads are there until the process has ended
+ctypes.pythonapi.Py_IncRef(ctypes.py_object(MEMORY))  # never freed: threads outlive everything in a process
 POOL = np.frombuffer(MEMORY, np.uint64)[:64]  # see threads.c
 
 
@@ -546,7 +548,8 @@ def start_threads():
   """Once a process."""
   libc, place = ctypes.CDLL(None), POOL.ctypes.data
   if sys.platform == "darwin":  # where sem_init does nothing
-    names, libc.dispatch_semaphore_create.restype = ("dispatch_semaphore_wait", "dispatch_semaphore_signal"), ctypes.c_void_p
+    names = "dispatch_semaphore_wait", "dispatch_semaphore_signal"
+    libc.dispatch_semaphore_create.restype = ctypes.c_void_p
     semaphore = libc.dispatch_semaphore_create(ctypes.c_long(0))
   else:
     names, semaphore = ("sem_wait", "sem_post"), place + 8 * 32
@@ -838,8 +841,8 @@ def captured(function, inputs, device):
 
 
 class Kernels(GraphRunner):
-  """Kernels of a program, run one after the other by one call of threads.c: tinygrad's queue takes some 25 us of
-  Python for each."""
+  """Kernels of a program, run one after the other by one call of threads.c: tinygrad's queue takes some 25 us
+  of Python for each."""
   MOST = 32  # arguments of a kernel
 
   @staticmethod

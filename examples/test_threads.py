@@ -1,4 +1,4 @@
-"""Tests of threads.c: that kernels share their work among threads, and that programs are one call for many kernels."""
+"""Tests of threads.c: kernels share their work among threads, and a program is one call of many kernels."""
 import os
 import subprocess
 import sys
@@ -133,7 +133,11 @@ def test_a_share_of_a_container(tmp_path, monkeypatch):
 def calls(monkeypatch):
   """How many parts the kernels had in each call of a program."""
   made, plain = [], fast.Kernels.run
-  monkeypatch.setattr(fast.Kernels, "run", staticmethod(lambda f, t, rows: (made.append(rows[:, 1]), plain(f, t, rows))))
+
+  def run(function, thread, rows):
+    made.append(rows[:, 1])
+    plain(function, thread, rows)
+  monkeypatch.setattr(fast.Kernels, "run", staticmethod(run))
   return made
 
 

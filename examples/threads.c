@@ -2,12 +2,12 @@
 // the parts of `share` among the threads that wait. A call costs less than a microsecond while these are awake.
 //
 // `pool` is memory of the process, 64 words. Who has work writes what it is, and then one word: which turn this is, how
-// many parts it has, and the next one to be taken. A thread takes a part by adding one to that word, so a thread that is
-// late finds none, and one that the system does not run is not waited for. Two callers at once: the second one does its
+// many parts it has, and the next one to be taken. A thread takes a part by adding one to that word, so that one which
+// is late finds none, and nobody waits for one that the system does not run. Of two callers at once the second does its
 // work alone, and so does everybody after a fork, which has no such threads.
 typedef unsigned long word;
 typedef void (*task)(void **, int);
-enum {WORD, LEFT = 8, TASK = 16, POINTERS, BUSY = 24, ASLEEP, WAIT, POST, YIELD, SEMAPHORE};  // the last four: fast.py's
+enum {WORD, LEFT = 8, TASK = 16, POINTERS, BUSY = 24, ASLEEP, WAIT, POST, YIELD, SEMAPHORE};  // from WAIT on of fast.py
 #if defined(__x86_64__)
 #define PAUSE __builtin_ia32_pause()
 #else
@@ -29,7 +29,7 @@ static void sleep(word *pool, word seen) {
   if (READ(WORD) >> 32 != seen)  // work came meanwhile: whoever brought it either has counted this thread or has not
     for (word n = READ(ASLEEP); n; )
       if (__atomic_compare_exchange_n(&pool[ASLEEP], &n, n - 1, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) return;
-  while (((int (*)(word, word))pool[WAIT])(pool[SEMAPHORE], ~0ul));  // not 0: a signal; a Mac wants to know for how long
+  while (((int (*)(word, word))pool[WAIT])(pool[SEMAPHORE], ~0ul));  // again after a signal; a Mac asks for how long
 }
 void kernel(word *pool) {
   for (word seen = READ(WORD) >> 32;; take_parts(pool)) {
