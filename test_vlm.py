@@ -1526,6 +1526,7 @@ LESS = {  # what is done to a command that takes minutes, or wants a downloaded 
   r"(--save|--init) weights/": r"\1 ", r"weights/paligemma-3b-mix-224": "weights/tiny1",
   r"vlm.py --train": r"\g<0> --steps 2",
   r" --vs transformers --python \S+": "", r"bench.py weights.*": r"\g<0> --repeat 1", r"--sides.*": "--sides 56 112",
+  r"--batches.*": "--batches 1 2",
   r"gpu_dry_run.py memory": "gpu_dry_run.py METAL:Apple7 3b --layers 1", r"show.py eval": "show.py eval --scenes 20",
   r"codebook.py --train weights/": "codebook.py --steps 2 --batch 4 --train "}
 

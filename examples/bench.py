@@ -383,7 +383,6 @@ def sides(folder, wanted):
 
 def batches(folder, sizes):
   """A caption of TOKENS tokens for each of so many pictures at once, beside what the machine's limits allow."""
-  multiply, read = limits()
   model = vlm.load(folder)
   numbers = sum(t.numel() for t in get_state_dict(model.net.language_model).values())  # in a token: multiply-adds
   side, rng = model.config.vision.image_size, np.random.default_rng(0)
@@ -398,6 +397,7 @@ def batches(folder, sizes):
         token = model.decode(token, slot + i, positions)[0].numpy()
       decode = time.perf_counter() - start
     vlm.log.debug("")  # clears the line that the row is about to be on
+    multiply, read = limits()
     vision, prefill = model.timings["vision_s"], model.timings["prefill_s"]
     limit = size * sum(arithmetic(model.config, len(TEXT))) / multiply
     limit += (TOKENS - 1) * max(bytes_read(model) / read, size * numbers / multiply)
