@@ -6,7 +6,7 @@
     python examples/bench.py DIR --check --python REF           does transformers choose the same tokens?
     python examples/bench.py DIR --quantized [--vs ...]         8 and 4 bits: speed, agreement with DIR
     python examples/bench.py DIR --sides 224 448 896            seconds and memory of larger pictures
-    python examples/bench.py DIR --batches 1 8 32              pictures a second, so many at once
+    python examples/bench.py DIR --batches 1 8 32               pictures a second, so many at once
     python examples/bench.py --products                         the matmul kernel beside the machine
     python examples/bench.py --train                            the toy's training step, and its kernels
 

@@ -101,6 +101,7 @@ def train(on=True):
 
 
 def training():
+  """Whether something is being differentiated."""
   return getattr(Tensor, "training", False)
 
 
@@ -438,8 +439,8 @@ def compiler_cache():
 
 
 def find_compiler(needed=True):
-  """tinygrad's CPU device calls clang. Without one: zig's (from PyPI), libLLVM, or tinygrad's slow
-  assembler."""
+  """tinygrad's CPU device calls clang. Without one: zig's (from PyPI), libLLVM, or tinygrad's slow assembler.
+  needed: whether the model is to run there. Raises Fault."""
   named = os.environ.get("CC")
   if needed and DEV.renderer or named and (named == str(CACHE / WRAPPER) or is_clang(named)):
     return
