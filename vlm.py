@@ -15,7 +15,6 @@ Papers: PaliGemma arxiv.org/abs/2407.07726 and 2412.03555, Gemma 2403.08295 and 
 from tokenizer import (Fault, Tokenizer, Turns, as_path, check_numbers, in_turn, learn_characters,
                        parse_boxes, regular, write_whole)
 import argparse
-import functools
 import importlib
 import json
 import logging
@@ -26,6 +25,7 @@ import shutil
 import sys
 from collections import namedtuple
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial, wraps
 from pathlib import Path
 from time import perf_counter
 from types import ModuleType, SimpleNamespace
@@ -112,9 +112,9 @@ def fast(plain):
   own = getattr(kernels, plain.__name__, None)
   if own:
     own.plain = plain
-  @functools.wraps(plain)
+  @wraps(plain)
   def call(*args, **options):
-    out = own(*args, **options) if own else None
+    out = own and own(*args, **options)
     return plain(*args, **options) if out is None else out
   return call
 
@@ -419,8 +419,8 @@ def likeliest(logits):
 def capture(function, *shaped_by):
   """A function of tensors -> a compiled program. shaped_by: what it depends on besides its code and tensors,
   so that fast.py can keep programs on disk for the next process."""
-  program = TinyJit(function)
-  program.cnt = 1  # capture on the first call: the usual dry run would schedule everything twice
+  program = TinyJit(function)  # whose dry run would schedule everything twice: 1 says that it is over
+  program.cnt = not getattr(Tensor, "training", False)  # in training it makes the state of the optimizer
   return program
 
 def next_token(gemma, x):
@@ -461,7 +461,7 @@ class VLM:
     def run(image, ids, cos, sin, seen):
       # No mask but of padding: image and prompt all see each other, in Gemma 2's sliding layers too. Both are
       # there before the answer begins, so the picture can be read in the light of the question.
-      x, write = image.cat(gemma.embed(ids), dim=1), functools.partial(cache.write, 0, n)
+      x, write = image.cat(gemma.embed(ids), dim=1), partial(cache.write, 0, n)
       return next_token(gemma, gemma(x, cos, sin, (seen, seen), write))
     cos, sin = (t[:, None] for t in rope_table(c, positions[:, :n].clip(0)))  # (B, 1, n, d / 2)
     seen = positions[:, None, None, None, :n] >= 0
@@ -475,7 +475,7 @@ class VLM:
       positions = positions[:, None, None, None]  # (B, 1, 1, 1, C)
       seen = (positions >= 0) & (positions <= slot)
       masks = seen, seen & (positions + window > slot)
-      x, write = gemma.embed(token.reshape(B, 1)), functools.partial(cache.write, slot, C)
+      x, write = gemma.embed(token.reshape(B, 1)), partial(cache.write, slot, C)
       return next_token(gemma, gemma(x, cos, sin, masks, write))
     slot = UOp.variable("slot", 0, C - 1).bind(slot)
     return self._run(("decode", B, C), run, np.asarray(token, np.int32), slot, positions)
@@ -612,9 +612,9 @@ def read_weights(folder):
     start = 8 + data[:8].view(np.uint64).item()
     for name, t in json.loads(data[8:start].tobytes()).items():
       path = canonical(name)
-      if path and t["dtype"] not in TYPES:
-        raise Fault(f"{file}: {name} is {t['dtype']}; weights must be float32, float16 or bfloat16")
       if path:
+        if t["dtype"] not in TYPES:
+          raise Fault(f"{file}: {name} is {t['dtype']}; weights must be float32, float16 or bfloat16")
         array = data[start:][slice(*t["data_offsets"])].view(TYPES[t["dtype"]]).reshape(t["shape"])
         if path in arrays and not np.array_equal(arrays[path], array):
           raise Fault(f"{file}: {name} is there twice, with other values; this is another model")
@@ -666,9 +666,9 @@ def load(folder, device=None, place=upload, adapter=None):
   tokenizer = Tokenizer(folder / "tokenizer.model", config.text.vocab_size, config.image)
   device, arrays = open_device(device), read_weights(folder)
   net = assemble(config, arrays, device, place)
-  if adapter and not kernels:
-    raise Fault("--adapter needs the folder examples/ beside vlm.py")
   if adapter:
+    if not kernels:
+      raise Fault("--adapter needs the folder examples/ beside vlm.py")
     beside("lora").attach(net, adapter, place, device)
   model = VLM(net, config, tokenizer, device, place)
   model.folder, model.arrays = folder, arrays  # a tensor over borrowed memory does not keep it alive
@@ -744,12 +744,12 @@ def train(folder, samples, steps, device):
       value = np.full(t.shape, "vision" in name and "norm" in name and "weight" in name)
     t.replace(upload(value.astype(np.float32), device))
   optimizer = (kernels or optim).AdamW(weights.values())
-  @TinyJit
   def step(*batch):
     optimizer.zero_grad()
     return loss(net, *batch).backward().realize(*optimizer.schedule_step())
-  measure, unseen = TinyJit(functools.partial(loss, net)), batch(range(shown, len(rows))[:64])
+  measure, unseen = capture(partial(loss, net), device), batch(range(shown, len(rows))[:64])
   Tensor.training = optim.TRAINING = True  # gradients are wanted; as tinygrad 0.13 and 0.14 name it
+  step = capture(step, device)
   try:
     for i in range(steps):
       if i % 50 == 0:
@@ -843,7 +843,7 @@ def main(argv):
   sampling(args)  # all that can be wrong, before the slow part
   for name in images:
     open_image(name)
-  question = functools.partial(ask, open_model(args), args)
+  question = partial(ask, open_model(args), args)
   return terminal.loop(question, images, open_image) if prompt is None else question(images, prompt)
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-from tinygrad import Tensor, TinyJit
+from tinygrad import Tensor
 from tinygrad.nn.state import get_state_dict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vlm.py, wherever this is started from
@@ -88,7 +88,7 @@ class Layers:
     device, backward = next(iter(weights.values())).device, gradient is not None
     key = stage.kind, *moving, backward, len(stage.extras), x.shape
     if key not in self.programs:
-      self.programs[key] = program(stage, [*weights], moving, backward)
+      self.programs[key] = program(stage, [*weights], moving, backward, device)
     inputs = [vlm.upload(x, device), *([vlm.upload(gradient, device)] if backward else [])]
     with vlm.kernels.train(backward):
       outputs = self.programs[key](*inputs, *(batch[name] for name in stage.extras), *weights.values())
@@ -122,7 +122,7 @@ class Layers:
     return loss, found
 
 
-def program(stage, names, moving, backward):
+def program(stage, names, moving, backward, device):
   """A stage as a compiled program of x, with `backward` of its output's gradient, of extras and weights."""
   part, run, extras = stage.part, stage.run, len(stage.extras)
 
@@ -134,6 +134,4 @@ def program(stage, names, moving, backward):
     [out], weights = forward(x, *inputs), dict(zip(names, inputs[extras:]))
     found = out.gradient(x, *(weights[name] for name in moving), gradient=gradient)
     return [t.contiguous() for t in found]
-  jit = TinyJit(both if backward else forward)
-  jit.cnt = 1  # captures on the first call
-  return jit
+  return vlm.capture(both if backward else forward, device)

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vlm.py, wherever
 import vlm  # first, because it says what is not installed
 import numpy as np
 from PIL import Image
-from tinygrad import Tensor, TinyJit, nn
+from tinygrad import Tensor
 import checkpoint
 import shapes
 from tokenizer import SEG
@@ -143,7 +143,7 @@ def train(path, steps, count):
   device = vlm.open_device(None)
   w = {name: vlm.upload(array, device).is_param_(True) for name, array in start_weights().items()}
   weights, book = list(w.values()), w[draw.EMBEDDING]
-  optimizer = nn.optim.AdamW(weights, lr=0.0, b2=.99, weight_decay=0.0)
+  optimizer = vlm.kernels.AdamW(weights, lr=0.0, b2=.99, weight_decay=0.0)
 
   def update(masks, quantised):
     quantised = quantised.reshape(())
@@ -152,7 +152,7 @@ def train(path, steps, count):
       t.grad = g
     return value.realize(points, *optimizer.schedule_step()), points
 
-  step, start, recent = TinyJit(update), steps // 3, []
+  step, start, recent = vlm.capture(update, device), steps // 3, []
   with vlm.kernels.train():
     for i in range(steps):
       rate = 3e-3 * min((i + 1) / 50, .5 + .5 * np.cos(np.pi * i / steps))

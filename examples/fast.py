@@ -51,7 +51,7 @@ from tinygrad.engine.realize import capturing, get_runtime
 from tinygrad.helpers import (BEAM, CACHEDB, CACHELEVEL, DEV, NULL_ALLOW_COPYOUT, disable_gc, diskcache_get,
                               diskcache_put)
 from tinygrad.nn.optim import LAMB
-from tinygrad.nn.state import get_parameters, get_state_dict
+from tinygrad.nn.state import get_parameters
 from tinygrad.renderer import Estimates
 from tinygrad.renderer.cstyle import ClangRenderer, MetalRenderer
 from tinygrad.renderer.llvmir import LLVMRenderer
@@ -65,8 +65,8 @@ PORTABLE = False  # True, in tests: without AVX512-BF16 instructions, as on othe
 FORMATS = {dtypes.float32: 32, dtypes.float16: 16, dtypes.uint16: 16, dtypes.int8: 8, dtypes.uint8: 4}  # bits
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "vlm"
 WRAPPER = "zig-clang"  # in CACHE
-KEPT = 100  # files; the one unused for longest goes first. 0: none is read or written
-ROOM = 100_000_000  # bytes of them together; one has half a megabyte at most
+KEPT = 300  # files; the one unused for longest goes first. 0: none is read or written
+ROOM = 100_000_000  # bytes of them together; one has 0.3 to 3 million
 CHUNK = 512  # queries at a time, or memory would grow with the square of the picture: gigabytes at 896 pixels
 SHARED = 1 << 18  # multiply-adds: a kernel of fewer has one thread
 QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container, microseconds of so many
@@ -302,34 +302,32 @@ def likeliest(logits):
 
 
 def capture(function, *shaped_by):
-  owned, programs = owned_by(function), []
-  if runs_c(shaped_by[0]):
-    owned["threads"] = threads(shaped_by[0])
-  path = kept_file(function, shaped_by, owned)
-
-  def make(*inputs):
-    programs[:] = [captured(function, inputs, shaped_by[0])]
+  device, program, names, path = shaped_by[0], None, None, None
 
   def call(*inputs):
-    new, preparing = not programs, getattr(PREPARING, "on", False)
+    nonlocal program, names, path
+    new, preparing = not program, getattr(PREPARING, "on", False)
+    if names is None:
+      held = held_by(function) | ({"threads": threads(device)} if runs_c(device) else {})
+      names = buffers(held)
+      path = kept_file(function, (*shaped_by, *((t.shape, t.dtype) for t in inputs)), held)
     if preparing and path and os.path.exists(path):
       return None  # to read it later takes less than it would take from what is being computed now
-    programs[:] = programs or [program for program in [read(path, owned)] if program]
-    if not programs:
-      make(*inputs)
+    program = program or read(path, names) or captured(function, inputs, device)
     result = None if preparing else run(*inputs)
-    if new and programs[0].fxn:
-      write(path, programs[0], owned)  # last, while the device is busy
+    if new and program.fxn:
+      write(path, program, names)  # last, while the device is busy
     return result
 
   def run(*inputs):
+    nonlocal program
     try:
-      return programs[0](*inputs)
+      return program(*inputs)
     except Exception:  # of a program that was read: whatever it is, such as a driver that has changed
-      if programs[0].fxn:
+      if program.fxn:
         raise
-    make(*inputs)
-    return programs[0](*inputs)
+    program = captured(function, inputs, device)
+    return program(*inputs)
   return call
 
 
@@ -346,8 +344,8 @@ def through(layers, x, *inputs):
   """In a program that `capture` makes, layers that are equal but for their weights and caches are scheduled
   once. The graph of each is built; where it is a known one, its kernels are taken and their buffers
   exchanged."""
-  if not capturing or not hasattr(capturing[0], "latest") or not isinstance(x.device, str):
-    return None
+  if not capturing or not hasattr(capturing[0], "latest") or not isinstance(x.device, str) or training():
+    return None  # gradients are wanted of one graph
   known, x = {}, x.contiguous()
   Tensor.realize(x, *get_parameters(inputs))  # else each layer would compute them again
   for layer in layers:
@@ -939,23 +937,39 @@ def tidy():
       program.unlink()
 
 
-def owned_by(function):
-  """-> {name: Tensor} that a function holds: weights, KV cache."""
-  cells = zip(function.__code__.co_freevars, function.__closure__ or ())
-  return {path: t for name, cell in cells for path, t in get_state_dict(cell.cell_contents, name).items()}
+def held_by(thing, path=""):
+  """-> {path: what a function or an object holds}: tensors, such as weights and a KV cache, settings (numbers
+  and words), and the classes of the objects."""
+  if thing is None or isinstance(thing, (Tensor, int, float, str)):
+    return {path: thing}
+  parts, found = getattr(thing, "__dict__", {}).items(), {}
+  if isinstance(thing, types.FunctionType):
+    parts = zip(thing.__code__.co_freevars, (cell.cell_contents for cell in thing.__closure__ or ()))
+  elif isinstance(thing, functools.partial):
+    parts = {"func": thing.func, "args": thing.args}.items()
+  elif isinstance(thing, (list, tuple)):
+    parts = enumerate(thing)
+  elif isinstance(thing, dict):
+    parts = thing.items()
+  elif not isinstance(thing, type):
+    found[path] = type(thing)
+  for name, part in () if isinstance(thing, type) else parts:
+    found |= held_by(part, f"{path}.{name}".lstrip("."))
+  return found
 
 
-def kept_file(function, shaped_by, owned):
+def kept_file(function, shaped_by, held):
   """-> the file of a program, which depends on the function and all that it calls, on what else shaped it
-  (the device first), on the tensors that it owns by their shape and type, on this file and lora.py, the compiler and
-  the processor. None for several devices: their buffers are not stored."""
+  (the device first), on what it holds, of its tensors by their shape and type, on this file and lora.py, the
+  compiler and the processor. None for several devices: their buffers are not stored."""
   device, *_ = shaped_by
   if not KEPT or isinstance(device, tuple):
     return None
-  tensors, renderer = [(name, t.shape, t.dtype) for name, t in owned.items()], Device[device].renderer
+  classes, renderer = [thing for thing in held.values() if isinstance(thing, type)], Device[device].renderer
+  holds = [(path, (t.shape, t.dtype) if isinstance(t, Tensor) else t) for path, t in held.items()]
   machine = str(renderer.target), THREADS, os.environ.get("CC"), platform.platform(), processor()
   known = hashlib.sha256()
-  for part in (code_of(function), shaped_by, PORTABLE, tensors, type(renderer), machine):
+  for part in (code_of(function, *classes), shaped_by, PORTABLE, holds, type(renderer), machine):
     known.update(repr(part).encode())
   for source in ("fast.c", "threads.c", "fast.py", "lora.py"):
     known.update(Path(__file__).with_name(source).read_bytes())
@@ -963,10 +977,18 @@ def kept_file(function, shaped_by, owned):
   return CACHE / f"{known.hexdigest()[:32]}.program"
 
 
-def code_of(function):
-  """-> the code of a function and of all functions, classes and constants of its module that it can reach, as
-  text. A comment, or another part of the file, is none of it: to change it leaves kept programs in use."""
-  module, found, seen, waiting = function.__globals__, set(), {}, [function]
+def code_of(function, *classes):
+  """-> the code of a function and of all functions, classes and constants of its module and of those beside this
+  one that it can reach, as text. A comment, or another part of the file, is none of it: to change it leaves kept
+  programs in use."""
+  module, found = getattr(function, "func", function).__globals__, set()
+  seen, waiting = {}, [function, *classes]
+
+  here = os.path.dirname(__file__)
+
+  def is_ours(names):  # this file is compared as a whole
+    folder = os.path.dirname(names.get("__file__") or "")
+    return names is module or names is not globals() and folder in (here, os.path.dirname(here))
 
   def constants(things):
     return [(n, t) for n, t in things if isinstance(t, (int, float, str, tuple)) and not n.startswith("__")]
@@ -977,20 +999,23 @@ def code_of(function):
     if id(thing) in seen:
       continue
     seen[id(thing)] = thing
-    if isinstance(thing, types.FunctionType) and thing.__globals__ is module:
+    if isinstance(thing, types.FunctionType) and is_ours(thing.__globals__):
       found.add(repr((thing.__qualname__, thing.__defaults__, thing.__kwdefaults__)))
-      waiting += [thing.__code__, *(cell.cell_contents for cell in thing.__closure__ or ())]
-    elif isinstance(thing, types.CodeType):
-      inner = [c for c in thing.co_consts if isinstance(c, types.CodeType)]
-      plain = [sorted(map(repr, c)) if isinstance(c, frozenset) else c for c in thing.co_consts]
+      waiting += [(thing.__code__, thing.__globals__), *(cell.cell_contents for cell in thing.__closure__ or ())]
+    elif isinstance(thing, tuple) and isinstance(thing[0], types.CodeType):
+      code, names = thing
+      inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
+      plain = [sorted(map(repr, c)) if isinstance(c, frozenset) else c for c in code.co_consts]
       plain = [c for c in plain if not isinstance(c, types.CodeType)]
-      reached = [(name, module[name]) for name in thing.co_names if name in module]
-      found.add(repr((thing.co_qualname, thing.co_code, thing.co_names, plain, constants(reached))))
-      waiting += [*inner, *(value for _, value in reached)]
-    elif isinstance(thing, type) and thing.__module__ == module["__name__"]:
+      reached = [(name, names[name]) for name in code.co_names if name in names]
+      ours = [vars(m) for _, m in reached if isinstance(m, types.ModuleType) and is_ours(vars(m))]
+      reached += [(name, other[name]) for other in ours for name in code.co_names if name in other]
+      found.add(repr((code.co_qualname, code.co_code, code.co_names, plain, constants(reached))))
+      waiting += [*((c, names) for c in inner), *(value for _, value in reached)]
+    elif isinstance(thing, type) and is_ours(vars(sys.modules.get(thing.__module__, types))):
       found.add(repr((thing.__qualname__, constants(vars(thing).items()))))
       waiting += [*thing.__bases__, *vars(thing).values()]
-    elif type(thing).__module__ == module["__name__"]:
+    elif not isinstance(thing, type):
       waiting.append(type(thing))
   return sorted(found)
 
@@ -1051,29 +1076,29 @@ class Reader(pickle.Unpickler):
     return self.unique[key]
 
 
-def buffers(tensors):
-  """{name: Tensor} -> {name: UOp of its buffer}."""
-  return {name: t.uop.base for name, t in tensors.items()}
+def buffers(held):
+  """What held_by found -> {name: UOp of its buffer} of each tensor."""
+  return {name: t.uop.base for name, t in held.items() if isinstance(t, Tensor)}
 
 
-def read(path, tensors):
+def read(path, names):
   """-> a captured TinyJit; None if there is no such file of use."""
   with contextlib.suppress(Exception):  # whatever it is: capture anew
     if path and cache_folder():
       data = read_file(path)
       if data[:32] == hashlib.sha256(data[32:]).digest():  # damaged machine code would be run
-        jit = Reader(io.BytesIO(data[32:]), buffers(tensors)).load()
+        jit = Reader(io.BytesIO(data[32:]), names).load()
         with contextlib.suppress(OSError):  # where it can only be read
           os.utime(path)
         return jit
   return None
 
 
-def write(path, jit, tensors):
+def write(path, jit, names):
   """Keep a captured TinyJit, if the folder allows."""
   with contextlib.suppress(Exception):  # read-only, full, of a driver that stores nothing: compiled anew
     if path:
-      Writer(file := io.BytesIO(), {uop: name for name, uop in buffers(tensors).items()}).dump(jit)
+      Writer(file := io.BytesIO(), {uop: name for name, uop in names.items()}).dump(jit)
       data = file.getvalue()
       write_file(path, hashlib.sha256(data).digest() + data)
       tidy()

@@ -728,6 +728,38 @@ def test_whatever_shapes_a_program_is_in_its_name(monkeypatch):
   assert fast.kept_file(work, (("CPU", "CPU:1"), "x"), weights) is None
 
 
+def test_settings_and_classes_of_what_a_function_holds_are_in_the_name_of_its_program(monkeypatch):
+  monkeypatch.setattr(fast, "KEPT", 100)
+
+  class Layer:
+    def __init__(self, eps):
+      self.eps, self.weight = eps, Tensor.empty(3)
+
+    def __call__(self, x):
+      return x * self.weight + self.eps
+
+  class Other(Layer):
+    def __call__(self, x):
+      return x * self.weight - self.eps
+
+  def step(layers, name):
+    def update(x):
+      return layers[0](x)
+
+    def run(x):
+      return update(x)
+    return {"nested": run, "partial": functools.partial(lambda layers, x: layers[0](x), layers)}[name]
+
+  def name(layer, kind):
+    function = step([layer], kind)
+    held = fast.held_by(function)
+    assert [t for t in held.values() if isinstance(t, Tensor)] == [layer.weight]
+    return fast.kept_file(function, ("CPU",), held).name
+  for kind in ("nested", "partial"):
+    names = [name(layer, kind) for layer in (Layer(1e-6), Layer(1e-6), Layer(1e-5), Other(1e-6))]
+    assert names[0] == names[1] and len(set(names)) == 3
+
+
 @pytest.mark.parametrize("old, new, same", [
   ("@fast\ndef gelu", "# A remark that nothing depends on.\n\n@fast\ndef gelu", True),
   ("p /= p.sum()", "p = p / p.sum()", True),  # of Sampling
@@ -744,7 +776,7 @@ def test_a_program_depends_on_the_code_that_made_it(old, new, same, monkeypatch)
     exec(compile(source, "copy_of_vlm.py", "exec"), copy.__dict__)
 
     def capture(function, *shaped_by):
-      found.append(fast.kept_file(function, shaped_by, fast.owned_by(function)).name)
+      found.append(fast.kept_file(function, shaped_by, fast.held_by(function)).name)
       return lambda *inputs: inputs
     copy.capture, model = capture, copy.load(TINY, "CPU")
     c, P = model.config, model.config.vision.patches

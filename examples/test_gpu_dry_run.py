@@ -135,9 +135,9 @@ program = TinyJit(lambda x: vlm.matmul(x, w).realize())
 program.cnt = 1
 program(x)
 path = fast.CACHE / "a.program"
-fast.write(path, program, {"w": w})
+fast.write(path, program, fast.buffers({"w": w}))
 x, w, want = product("bfloat16", 1, 8, 128)
-again = fast.read(path, {"w": w})
+again = fast.read(path, fast.buffers({"w": w}))
 assert again is not None, "a view of a weight is kept, too"
 print(1, np.abs(again(x).numpy() - want).max() / 128 ** 0.5)  # with the weight of its reader
 for kind in ("float16", "bfloat16", "int8", "int4"):

@@ -247,7 +247,7 @@ def test_a_dropped_trainer_is_freed_at_once(tmp_path):
   model, trainer, rows, pixels = toy(tmp_path)
   batch = trainer.batch(rows, pixels, TEXT)
   trainer.step(batch, 1e-3)
-  held = model, model.net, trainer, trainer.step_jit, trainer.step_jit.captured
+  held = model, model.net, trainer, trainer.step_program
   references = [weakref.ref(thing) for thing in held]
   gc.disable()
   try:
@@ -255,6 +255,21 @@ def test_a_dropped_trainer_is_freed_at_once(tmp_path):
     assert not [reference() for reference in references if reference() is not None]
   finally:
     gc.enable()
+
+def test_a_kept_step_changes_the_weights_of_its_reader(tmp_path, monkeypatch):
+  monkeypatch.setattr(vlm.kernels, "CACHE", tmp_path / "programs")
+  found = []
+  for name in ("first", "again"):
+    _, trainer, rows, pixels = toy(tmp_path / name)
+    batch = trainer.batch(rows, pixels, TEXT)
+    losses = [trainer.step(batch, 1e-2) for _ in range(3)] + [trainer.loss(batch)]
+    found.append((losses, {name: t.numpy() for name, t in trainer.state().items()}))
+    def refuse(*args):
+      raise AssertionError("captured again")
+    monkeypatch.setattr(vlm.kernels, "captured", refuse)
+  (losses, state), (same, again) = found
+  assert losses == same and losses[3] < losses[0]
+  assert state.keys() == again.keys() and all(np.array_equal(state[name], again[name]) for name in state)
 
 # ---- runs ----
 RUN = "--steps", 8, "--batch", ROWS, "--lr", 1e-3, "--quiet"

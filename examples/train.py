@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # vlm.py, wherever
 import vlm  # first, because it says what is not installed
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from tinygrad import Tensor, TinyJit, dtypes
+from tinygrad import Tensor, dtypes
 from tinygrad.nn.state import get_state_dict
 import by_layer
 import checkpoint
@@ -120,13 +120,12 @@ class Trainer:
     self.compile()
 
   def compile(self):
-    batch_loss, update = functools.partial(vlm.loss, self.net), self.update()
-    weights = [*self.weights.values()]
-    def step(*batch):
-      value = batch_loss(*batch)
+    net, weights, update = self.net, [*self.weights.values()], self.update()
+    def step(*batch):  # holds no self: see VLM._run
+      value = vlm.loss(net, *batch)
       return update(value, value.gradient(*weights))
-    self.step_jit, self.loss_jit = TinyJit(step), TinyJit(batch_loss)  # neither holds self: see VLM._run
-    self.step_jit.cnt = self.loss_jit.cnt = 1
+    loss = functools.partial(vlm.loss, net)
+    self.step_program, self.loss_program = (vlm.capture(f, weights[0].device) for f in (step, loss))
 
   def update(self):
     """-> a function of the loss and the gradients of all `weights`, which changes these."""
@@ -153,7 +152,7 @@ class Trainer:
     """One update -> the loss before it."""
     self.set_rate(lr)
     with vlm.kernels.train():
-      return self.step_jit(*batch).item()
+      return self.step_program(*batch).item()
 
   def set_rate(self, lr):
     for rate, optimizer in self.optimizers:
@@ -168,14 +167,16 @@ class Trainer:
     return state
 
   def loss(self, batch):
-    return self.loss_jit(*batch).item()
+    return self.loss_program(*batch).item()
 
 class LayerTrainer(Trainer):
   """The same by gradients of one layer at a time, of several batches an update: less memory, more time."""
   def compile(self):
     self.layers, update = by_layer.Layers(self.net, self.config, set(self.weights)), self.update()
-    self.update_jit = TinyJit(lambda value, *gradients: update(value, gradients))
-    self.update_jit.cnt = 1
+    def from_gradients(value, *gradients):
+      return update(value, gradients)
+    device = next(iter(self.weights.values())).device
+    self.update_program = vlm.capture(from_gradients, device)
 
   def step(self, batch, lr, more=()):
     """One update from a batch and others -> the loss before it, the mean of all their answers' tokens."""
@@ -192,7 +193,7 @@ class LayerTrainer(Trainer):
     device = self.optimizers[0][1].device
     inputs = [vlm.upload(a, device) for a in (np.full((), value, np.float32), *total.values())]
     with vlm.kernels.train():
-      return self.update_jit(*inputs).item()
+      return self.update_program(*inputs).item()
 
   def loss(self, batch):
     return self.layers.loss(batch)
