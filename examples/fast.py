@@ -45,7 +45,7 @@ from tinygrad import Device, Tensor, TinyJit, UOp, dtypes, helpers
 from tinygrad.codegen import do_to_program
 from tinygrad.codegen.opt import Opt, OptOps
 from tinygrad.device import Buffer, Compiler
-from tinygrad.dtype import AddrSpace
+from tinygrad.dtype import AddrSpace, DType
 from tinygrad.engine.jit import CapturedJit, GraphRunner, _prepare_jit_inputs, jit_lower
 from tinygrad.engine.realize import capturing, get_runtime
 from tinygrad.helpers import (BEAM, CACHEDB, CACHELEVEL, DEV, NULL_ALLOW_COPYOUT, disable_gc, diskcache_get,
@@ -938,9 +938,9 @@ def tidy():
 
 
 def held_by(thing, path=""):
-  """-> {path: what a function or an object holds}: tensors, such as weights and a KV cache, settings (numbers
-  and words), and the classes of the objects."""
-  if thing is None or isinstance(thing, (Tensor, int, float, str)):
+  """-> {path: what a function or an object holds}: tensors, such as weights and a KV cache, settings (numbers,
+  words, types), and the classes of the objects."""
+  if thing is None or isinstance(thing, (Tensor, DType, int, float, str)):
     return {path: thing}
   parts, found = getattr(thing, "__dict__", {}).items(), {}
   if isinstance(thing, types.FunctionType):
