@@ -1416,11 +1416,12 @@ for kind in {KINDS!r}:
   assert (np.abs(logits - right).max(1) < 1e-4 * right.std(1)).all(), kind
   assert [answer.tokens for answer in answers] == g["tokens"].reshape(6, -1).tolist(), kind
 """
-  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+  cpu = {"DEV": "CPU"} | os.environ  # without examples/ tinygrad would take any OpenCL for the best device
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=cpu)
   assert done.returncode == 0, done.stderr
   def ask(*argv):
     command = [sys.executable, alone / "vlm.py", ROOT / "examples" / "shapes.png", *argv, "--weights", WEIGHTS / "toy"]
-    return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=cpu)
   caption, boxes, loop = ask("caption en"), ask("detect red circle", "--json"), ask()
   assert caption.stdout == CAPTION + "\n"
   assert caption.returncode == 0 and "examples/" in caption.stderr and "slowly" in caption.stderr
@@ -1428,6 +1429,12 @@ for kind in {KINDS!r}:
   assert loop.returncode == 2 and re.search(r"^vlm: .*prompt.*\n\Z", loop.stderr, flags=re.M)
   adapted = ask("caption en", "--adapter", "x")
   assert adapted.returncode == 2 and re.search(r"^vlm: --adapter needs the folder examples/.*\n\Z", adapted.stderr, flags=re.M)
+  code = f"import sys; sys.path.insert(0, {str(alone)!r}); sys.modules['ziglang'] = None; import vlm; sys.exit(vlm.main(sys.argv[1:]))"
+  bare = {name: value for name, value in os.environ.items() if name not in ("CC", "DEV")} | {"PATH": str(tmp_path)}
+  command = [sys.executable, "-c", code, ROOT / "examples" / "shapes.png", "caption en", "--weights", WEIGHTS / "toy",
+             "--device", "CPU"]
+  done = subprocess.run(command, capture_output=True, text=True, env=bare, cwd=tmp_path)
+  assert done.returncode == 1 and re.search(r": no C compiler.*ziglang.*\n\Z", done.stderr), done.stderr
 
 def test_a_hostile_folder(tmp_path):
   """A user's script beside modules with the names of ours: none is executed or mistaken, and the kernels are there"""

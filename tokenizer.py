@@ -23,6 +23,7 @@ def leave(number, frame):
 if OURS and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
   signal.signal(signal.SIGINT, leave)
 
+import atexit
 import codecs
 import errno
 import functools
@@ -30,8 +31,10 @@ import importlib
 import io
 import numbers
 import re
+import shutil
 import stat
 import string
+import tempfile
 import threading
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -58,6 +61,23 @@ class Fault(Exception):
   def __init__(self, message, code=2):
     super().__init__(message)
     self.code = code
+
+
+def find_clang():
+  """tinygrad compiles for a CPU with the program that CC names, or clang. Where there is neither, let it be the one in
+  the package ziglang. Raises Fault."""
+  if shutil.which(os.environ.get("CC", "clang")):
+    return
+  try:
+    zig = Path(importlib.import_module("ziglang").__file__).with_name("zig")
+  except ImportError:
+    raise Fault("no C compiler, which tinygrad needs: `python -m pip install ziglang`, or install clang", 1) from None
+  folder = tempfile.mkdtemp()
+  atexit.register(shutil.rmtree, folder, ignore_errors=True)
+  wrapper = Path(folder) / "clang"
+  wrapper.write_text(f"#!/bin/sh\nexec '{zig}' clang \"$@\"\n")
+  wrapper.chmod(0o700)
+  os.environ["CC"] = str(wrapper)
 
 
 def regular(source):

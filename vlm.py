@@ -12,16 +12,14 @@ in the files. Sections 1 to 5 are the model, 6 to 12 what it takes to use it.
 Papers: PaliGemma arxiv.org/abs/2407.07726 and 2412.03555, Gemma 2403.08295 and 2408.00118, SigLIP 2303.15343.
 """
 # First, because it says what is not installed, and ends quietly on Ctrl-C.
-from tokenizer import (Fault, Tokenizer, Turns, as_path, check_numbers, in_turn, learn_characters,
-                       parse_boxes, regular, write_whole)
+from tokenizer import (Fault, Tokenizer, Turns, as_path, check_numbers, find_clang, in_turn,
+                       learn_characters, parse_boxes, regular, write_whole)
 import argparse
 import importlib
 import json
 import logging
 import math
-import os
 import re
-import shutil
 import sys
 from collections import namedtuple
 from dataclasses import asdict, dataclass, fields, replace
@@ -341,7 +339,7 @@ def open_image(source):
       del image.info["transparency"]
     if image.has_transparency_data:  # on white, as transformers does
       image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
   except Exception as e:  # Pillow's readers raise whatever they stumble over
     raise Fault(f"{source}: {getattr(e, 'strerror', 0) or f'not an image, or a damaged one ({e})'}") from None
 
@@ -503,7 +501,7 @@ class VLM:
       kernels.prepare(self.decode, ids[:, 0], P + T, positions)
     token = token.numpy()
     self.timings |= {"vision_s": seen - start, "prefill_s": perf_counter() - seen, "decode_tok_s": 0.0}
-    return token, logits, positions, P + T
+    return token, logits, upload(positions, self.device), P + T
   @in_turn
   def tokens(self, images, prompts, **options):
     """Lists of B images and B prompts, options of Sampling -> for each step a list of B token ids, None in
@@ -652,9 +650,11 @@ def open_device(name):
   """A name of tinygrad's, None: the best there is -> the device's full name, ready for use. Raises Fault."""
   try:
     name = Device.canonicalize(name)
-    if name.startswith("CPU") and not DEV.renderer and not shutil.which(os.environ.get("CC", "clang")):
-      DEV.value = "CPU:X86"  # tinygrad's own assembler: slow, but it needs no compiler
+    if name.startswith("CPU") and not DEV.renderer:
+      find_clang()
     return Device[name].device
+  except Fault:
+    raise
   except Exception as e:  # whatever a driver that is not there raises
     raise Fault(f"device {name or DEV.device or 'CPU'} cannot be used ({e}); omit --device, DEV") from None
 
