@@ -433,6 +433,20 @@ def compiler_cache():
     return False
 
 
+def connection():
+  """tinygrad's own cache, for each thread by itself: tinygrad opens it once, and SQLite refuses all threads but the
+  one that opened it."""
+  if not hasattr(CONNECTIONS, "own"):
+    CONNECTIONS.own = sqlite3.connect(CACHEDB, timeout=60, isolation_level="IMMEDIATE")
+    with contextlib.suppress(sqlite3.OperationalError):  # another process does it
+      CONNECTIONS.own.execute("PRAGMA journal_mode=WAL").fetchone()
+    CONNECTIONS.own.execute("PRAGMA synchronous=NORMAL")
+  return CONNECTIONS.own
+
+
+CONNECTIONS, helpers.db_connection = threading.local(), connection
+
+
 # ---- 2. C on a CPU ----
 
 
@@ -515,7 +529,7 @@ def c_kernel(name, defines, outs, srcs, work, backward=None, code=None):
   given = "".join(f"p[{i}], " for i in range(len(names) + 1))
   pointers = ", ".join(f"(void *){arg}" for arg in ("out", *names))
   defines = {"ARGS": args, "GIVEN": given, "POINTERS_TO": pointers, "CORES": cores,
-             "ROUNDED": 0, "FLOAT16": 0, "FEW": 8} | defines
+             "ROUNDED": 0, "INTEGER": 0, "FLOAT16": 0, "FEW": 8} | defines
   source = c_program(defines, code or c_source())
   size = sum(t.nbytes() for t in [*outs.values(), *srcs.values()])
   work = Estimates(2 * work, size, size)
@@ -594,11 +608,12 @@ def c_matmul(a, b, kind, batched):
   (I, K), J = (cols, rows) if kind == "tn" else (rows, cols), b.shape[-2 if kind == "nt" else -1]
   outs = {"out": empty(a, *((*lead, I, J) if kind == "tn" else (*a.shape[:-1], J)))}
   rounded = kind == "nt" and b.dtype in (dtypes.uint16, dtypes.int8, dtypes.uint8) and not PORTABLE
-  if rounded:  # a in bfloat16, once for each core
-    outs["scratch"] = empty(a, THREADS, I, -(-K // 32) * 16 + 16, dtype=dtypes.int32)
+  integer = rounded and bits <= 8 and not training()
+  if rounded:  # a in bfloat16, or 8 bits and their scales, once for each core
+    outs["scratch"] = empty(a, THREADS, I, -(-K // 32) * 16 + 16 + -(-K // 2048) * 16, dtype=dtypes.int32)
   defines = {"MATMUL": 1, "BATCH": Z, "I": I, "J": J, "K": K, "BITS": bits, "ROUNDED": int(rounded),
-             "A_T": int(kind == "tn"), "B_T": int(kind == "nt"), "FLOAT16": int(b.dtype == dtypes.float16),
-             "FEW": 8 * (kind == "nt" and Z <= 1)}
+             "INTEGER": int(integer), "A_T": int(kind == "tn"), "B_T": int(kind == "nt"),
+             "FLOAT16": int(b.dtype == dtypes.float16), "FEW": 8 * (kind == "nt" and Z <= 1)}
 
   def backward(grad, call):
     d, a, b, *scale = Tensor(grad), *map(Tensor, call.src[1 + len(outs):-1])  # the last are the threads
