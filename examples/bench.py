@@ -347,7 +347,7 @@ def quantized_folders(folder):
 
 def quantized(folder, repeat, python=None):
   """Speed of the quantised weights beside the checkpoint's own, and how often they choose the same token."""
-  prefixes = 64
+  prefixes = 16
   with quantized_folders(folder) as made:
     folders = {"as they are": folder} | made
     choices = {name: run_ours(path, 0, choices=prefixes)["choices"] for name, path in folders.items()}
@@ -355,17 +355,22 @@ def quantized(folder, repeat, python=None):
     if python:
       runs["transformers"] = lambda: run_theirs(folder, python)
     results, ceilings = by_turns(repeat, runs)
-  columns = ["weights", "load, s", "prefill, s", "decode, ms", "of transformers' bfloat16", "GB a token",
-             "GB/s", "peak memory, GB", f"same first token as unquantised, of {prefixes}"]
+  for result in sum(results.values(), []):
+    result["both"] = result["vision"] + result["prefill"]
+  columns = ["weights", "vision, s", "prefill, s", "both / as they are", "both / transformers", "a token, ms",
+             "a token / transformers", "GB a token", "GB/s", "peak memory, GB",
+             f"same first token as unquantised, of {prefixes}"]
   print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+
+  def ratio(name, key, other):
+    return f"{median(results[name], key) / median(results[other], key):.2f}" if other in results else "-"
   for name in folders:
-    keys = "load", "prefill", "decode", "memory"
-    load, prefill, decode, memory = (median(results[name], key) for key in keys)
-    ratio = f"{decode / median(results['transformers'], 'decode'):.2f}" if python else "-"
+    vision, prefill, decode, memory = (median(results[name], key) for key in ("vision", "prefill", "decode", "memory"))
     same = sum(a == b for a, b in zip(choices[name], choices["as they are"]))
     size = results[name][0]["bytes"] / 1e9
-    print(f"| {name} | {load:.1f} | {prefill:.2f} | {decode * 1e3:.0f} | {ratio} | {size:.2f} | "
-          f"{size / decode:.1f} | {memory:.2f} | {same} |")
+    print(f"| {name} | {vision:.2f} | {prefill:.2f} | {ratio(name, 'both', 'as they are')} | "
+          f"{ratio(name, 'both', 'transformers')} | {decode * 1e3:.0f} | {ratio(name, 'decode', 'transformers')} | "
+          f"{size:.2f} | {size / decode:.1f} | {memory:.2f} | {same} |")
   print(f"\nlimits in each round: {', '.join(f'{read * 1e-9:.1f} GB/s' for _, read in ceilings)}")
 
 

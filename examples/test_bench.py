@@ -54,7 +54,7 @@ def test_quantised(measure):
   rows = measure(TINY, "--quantized", "--repeat", "1")
   assert [row[0] for row in rows] == ["as they are", "int8", "int4"]
   same = [int(row[-1]) for row in rows]
-  assert same[0] == 64 and same[1] > 32, "int8 hardly ever chooses another token"
+  assert same[0] == 16 and same[1] > 8, "int8 hardly ever chooses another token"
 
 
 @pytest.mark.long
