@@ -417,8 +417,8 @@ def likeliest(logits):
 def capture(function, *shaped_by):
   """A function of tensors -> a compiled program. shaped_by: what it depends on besides its code and tensors,
   so that fast.py can keep programs on disk for the next process."""
-  program = TinyJit(function)  # whose dry run would schedule everything twice: 1 says that it is over
-  program.cnt = not getattr(Tensor, "training", False)  # in training it makes the state of the optimizer
+  program = TinyJit(function)
+  program.cnt = not getattr(Tensor, "training", False)  # 1 skips the dry run, which only an optimizer needs
   return program
 
 def next_token(gemma, x):

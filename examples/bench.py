@@ -3,6 +3,7 @@
     python examples/bench.py DIR                                speed, memory, what the machine could do
     python examples/bench.py DIR --vs transformers --python REF the same beside transformers, as ratios
     python examples/bench.py DIR --beside CHECKOUT              the same beside another vlm.py, as of before
+    python examples/bench.py DIR --peer COMMAND                 the same beside any program, see run_peer
     python examples/bench.py DIR --check --python REF           does transformers choose the same tokens?
     python examples/bench.py DIR --quantized [--vs ...]         8 and 4 bits: speed, agreement with DIR
     python examples/bench.py DIR --sides 224 448 896            seconds and memory of larger pictures
@@ -21,6 +22,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
@@ -197,6 +199,23 @@ def run_theirs(folder, python):
     return run([python, "-c", THEIRS, folder, *job])
 
 
+def run_peer(command):
+  """One process of a program, given by its words, that answers a picture and prints as its last line a JSON object:
+  seconds of vision, prefill and decode (a token), of load, of first and last (the first token, and token TOKENS, since
+  it was started), and memory in GB. What it leaves out is not compared. Raises Fault."""
+  trouble, found = "", None
+  try:
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    trouble = f"ends with exit code {done.returncode}" if done.returncode else ""
+    found = json.loads(done.stdout.splitlines()[-1])
+  except (OSError, ValueError, IndexError) as e:
+    trouble = trouble or (f"{e.strerror}" if isinstance(e, OSError) else "prints no JSON in its last line")
+  numbers = isinstance(found, dict) and all(isinstance(found.get(key, 0), (int, float)) for key in ROWS)
+  if trouble or not numbers or not found.keys() & ROWS.keys():
+    raise vlm.Fault(f"--peer {shlex.join(command)}: {trouble or f'prints none of {list(ROWS)} as numbers'}", 1)
+  return found
+
+
 def by_turns(repeat, runs):
   """{name: function that runs a process} -> {name: results}, and the machine's limits, measured between
   them."""
@@ -301,7 +320,7 @@ def median(runs, key):
   return statistics.median(run[key] for run in runs)
 
 
-def compare(folder, repeat, python=None, checkout=None):
+def compare(folder, repeat, python=None, checkout=None, peer=None):
   """The table of examples/README.md."""
   runs = {"ours": lambda: run_ours(folder, 3)}
   if checkout:
@@ -309,10 +328,13 @@ def compare(folder, repeat, python=None, checkout=None):
     runs[checkout.name] = lambda: run_ours(folder, 3, checkout=checkout)
   if python:
     runs["transformers"] = lambda: run_theirs(folder, python)
+  if peer is not None:
+    runs["peer"] = lambda: run_peer(peer)
   first = run_ours(folder, 0)  # may have to compile
   results, ceilings = by_turns(repeat, runs)
   for result in sum(results.values(), []):
-    result["both"] = result["vision"] + result["prefill"]
+    if "vision" in result and "prefill" in result:
+      result["both"] = result["vision"] + result["prefill"]
   peak, read = (statistics.median(c[i] for c in ceilings) for i in (0, 1))
   vision, prefill = arithmetic(vlm.read_config(folder / "config.json"), len(TEXT))
   work = {"vision": vision, "prefill": prefill, "both": vision + prefill}
@@ -326,7 +348,8 @@ def compare(folder, repeat, python=None, checkout=None):
       note = f"{2e-9 * work[key] / a:.0f} of {2e-9 * peak:.0f} GFLOPS"
     elif key == "decode":
       note = f"{results['ours'][0]['bytes'] / a * 1e-9:.1f} of {read * 1e-9:.1f} GB/s"
-    cells = [f"{b:.3f} | {a / b:.2f}" for b in (median(results[name], key) for name in others)]
+    known = [all(key in result for result in results[name]) and median(results[name], key) for name in others]
+    cells = [f"{b:.3f} | {a / b:.2f}" if b else "- | -" for b in known]
     print(f"| {' | '.join([title, f'{a:.3f}', *cells])} | {note} |")
   rounds = ", ".join(f"{2e-9 * p:.0f} GFLOPS {r * 1e-9:.1f} GB/s" for p, r in ceilings)
   third = median(results["ours"], "third")
@@ -336,12 +359,13 @@ def compare(folder, repeat, python=None, checkout=None):
 
 @contextlib.contextmanager
 def quantized_folders(folder):
-  """-> {"int8": folder, "int4": folder}, made for as long as they are needed."""
-  import quantize
+  """-> {"int8": folder, "int4": folder}, made for as long as they are needed, by processes of their own: Linux
+  counts the memory of a process in that of those which it starts."""
   with tempfile.TemporaryDirectory() as tmp:
     folders = {f"int{bits}": Path(tmp) / f"int{bits}" for bits in (8, 4)}
     for name, made in folders.items():
-      quantize.save(folder, made, int(name[3:]))
+      command = [sys.executable, ROOT / "examples" / "quantize.py", folder, made, "--bits", name[3:], "--quiet"]
+      subprocess.run(command, check=True)
     yield folders
 
 
@@ -536,7 +560,7 @@ def check(folder, python):
 
 
 MODES = "check", "quantized", "sides", "batches", "products", "train"
-GOES_WITH = {"vs": ("", "quantized"), "beside": ("",), "repeat": ("", "quantized"),
+GOES_WITH = {"vs": ("", "quantized"), "beside": ("",), "peer": ("",), "repeat": ("", "quantized"),
              "python": ("", "quantized", "check")}
 
 
@@ -546,6 +570,8 @@ def main(argv):
   p.add_argument("folder", metavar="DIR", nargs="?", help="PaliGemma's folder or name")
   p.add_argument("--vs", choices=["transformers"], help="beside transformers, as ratios; needs --python")
   p.add_argument("--beside", metavar="CHECKOUT", type=Path, help="beside another vlm.py, as ratios")
+  p.add_argument("--peer", type=shlex.split, metavar="COMMAND",
+                 help="beside a program that prints its seconds as JSON, as ratios")
   p.add_argument("--python", metavar="REF", help="a Python with torch and transformers")
   p.add_argument("--repeat", type=int, metavar="N", help="processes of each kind (default 3)")
   modes = p.add_mutually_exclusive_group()
@@ -590,7 +616,7 @@ def main(argv):
   elif mode == "batches":
     batches(folder, args.batches)
   else:
-    compare(folder, repeat, args.python, args.beside and args.beside.resolve())
+    compare(folder, repeat, args.python, args.beside and args.beside.resolve(), args.peer)
 
 
 if __name__ == "__main__":

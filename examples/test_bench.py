@@ -2,6 +2,7 @@
 at."""
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -40,6 +41,26 @@ def test_speed_beside_another_checkout(measure):
   assert [row[0] for row in rows] == list(bench.ROWS.values())
   for _, ours, theirs, ratio, _ in rows:
     assert abs(float(ours) / max(float(theirs), 1e-3) - float(ratio)) < 2  # three digits of a millisecond
+
+
+@pytest.mark.long
+def test_speed_beside_any_program(measure, capsys):
+  figures = json.dumps({"vision": 2, "prefill": 1.5, "decode": 0.5, "first": 4})
+  peer = shlex.join([sys.executable, "-c", f"print('hello'); print({figures!r})"])
+  rows = measure(TINY, "--repeat", "1", "--peer", peer)
+  peers = {row[0]: row[2] for row in rows}
+  assert peers[bench.ROWS["both"]] == "3.500" and peers[bench.ROWS["decode"]] == "0.500"
+  assert peers[bench.ROWS["memory"]] == "-" and all(len(row) == 5 for row in rows)
+
+
+@pytest.mark.parametrize("code, word", [
+  ("print('hello')", "no JSON"), ("", "no JSON"), ("print('{}')", "none of"), ("print(3)", "none of"),
+  ("""print('{"decode": "fast"}')""", "none of"), ("raise SystemExit(3)", "exit code 3"), (None, "No such file")])
+def test_a_peer_that_prints_no_figures(code, word):
+  command = [sys.executable, "-c", code] if code is not None else ["no/such/program"]
+  with pytest.raises(vlm.Fault, match=word) as fault:
+    bench.run_peer(command)
+  assert "\n" not in str(fault.value) and shlex.join(command) in str(fault.value)
 
 
 @pytest.mark.long
@@ -92,7 +113,9 @@ def test_the_protocol_of_workers(capsys):
   ([], "which checkpoint"), ([TINY, "--vs", "transformers"], "--python"),
   ([TINY, "--python", "python3"], "--vs"), ([TINY, "--check"], "--python"),
   ([TINY, "--products"], "leave out"), (["--train", "--repeat", "2"], "--repeat"),
-  ([TINY, "--sides", "56", "--beside", "."], "--beside"), ([TINY, "--beside", "nowhere"], "nowhere"),
+  ([TINY, "--sides", "56", "--beside", "."], "--beside"),
+  ([TINY, "--check", "--peer", "x"], "--peer"), ([TINY, "--peer", "'x"], "--peer"),
+  ([TINY, "--beside", "nowhere"], "nowhere"),
   ([TINY, "--repeat", "0"], "at least 1"), ([TINY, "--check", "--quantized"], "not allowed"),
   ([TINY, "--quick"], "--quick"), (["nowhere"], "nowhere")])
 def test_faults(argv, word, capsys):
