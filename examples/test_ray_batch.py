@@ -18,12 +18,12 @@ sys.path.insert(0, str(ROOT))  # vlm.py, wherever this is started from
 import batch
 import ray_batch
 
-ROWS, OPTIONS = 60, ["--weights", str(ROOT / "weights" / "tiny1"), "--max-tokens", "5", "--batch-size", "2"]
+ROWS, OPTIONS = 40, ["--weights", str(ROOT / "weights" / "tiny1"), "--max-tokens", "5", "--batch-size", "2"]
 
 
 @pytest.fixture(autouse=True)
 def questions(tmp_path, monkeypatch):
-  """A list of 60 questions, some of them bad, in the folder that commands run in"""
+  """A list of 40 questions, some of them bad, in the folder that commands run in"""
   monkeypatch.chdir(tmp_path)
   for i in range(3):
     Image.new("RGB", (40 + i, 30), (80 * i, 0, 99)).save(f"{i}.png")

@@ -574,7 +574,8 @@ def test_live_photographs(tmp_path):
   assert right(new, "caption en", [text for _, text in table]) >= 16  # of the 18 it was shown
   lines = [{"image": name, "prefix": "what?", "suffix": Path(name).stem} for name in names]
   (tmp_path / "photos" / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
-  assert train.main([str(tmp_path / "photos"), "--init", str(new), "--steps", "160", "--save", str(tuned)]) == 0
+  assert train.main([str(tmp_path / "photos"), "--init", str(new), "--steps", "160", "--reports", "2",
+                     "--save", str(tuned)]) == 0
   assert right(tuned, "what?", [Path(name).stem for name in names]) >= 18
 
 
