@@ -955,9 +955,9 @@ def tidy():
 def held_by(thing, path=""):
   """-> {path: what a function or an object holds}: tensors, such as weights and a KV cache, settings (numbers,
   words, types), and the classes of the objects."""
-  if thing is None or isinstance(thing, (Tensor, DType, int, float, str)):
+  if thing is None or isinstance(thing, (Tensor, DType, int, float, str, type)):
     return {path: thing}
-  parts, found = getattr(thing, "__dict__", {}).items(), {}
+  found = {}
   if isinstance(thing, types.FunctionType):
     parts = zip(thing.__code__.co_freevars, (cell.cell_contents for cell in thing.__closure__ or ()))
   elif isinstance(thing, functools.partial):
@@ -966,9 +966,9 @@ def held_by(thing, path=""):
     parts = enumerate(thing)
   elif isinstance(thing, dict):
     parts = thing.items()
-  elif not isinstance(thing, type):
-    found[path] = type(thing)
-  for name, part in () if isinstance(thing, type) else parts:
+  else:
+    found[path], parts = type(thing), getattr(thing, "__dict__", {}).items()
+  for name, part in parts:
     found |= held_by(part, f"{path}.{name}".lstrip("."))
   return found
 
@@ -1017,7 +1017,7 @@ def code_of(function, *classes):
     if isinstance(thing, types.FunctionType) and is_ours(thing.__globals__):
       found.add(repr((thing.__qualname__, thing.__defaults__, thing.__kwdefaults__)))
       waiting += [(thing.__code__, thing.__globals__), *(cell.cell_contents for cell in thing.__closure__ or ())]
-    elif isinstance(thing, tuple) and isinstance(thing[0], types.CodeType):
+    elif isinstance(thing, tuple) and thing and isinstance(thing[0], types.CodeType):
       code, names = thing
       inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
       plain = [sorted(map(repr, c)) if isinstance(c, frozenset) else c for c in code.co_consts]

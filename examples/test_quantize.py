@@ -94,6 +94,16 @@ def test_logits_of_quantised_weights(kind, bits, packed, monkeypatch):
   assert 0 < np.sqrt(np.mean((got - far) ** 2)) / far.std() < WORST[bits]
 
 
+@pytest.mark.parametrize("kind", ["tiny1", "tiny2"])
+@pytest.mark.parametrize("bits, most", [(8, 0.03), (4, 0.055)])
+def test_activations_of_8_bits_move_the_logits_little(kind, bits, most, packed, monkeypatch):
+  """In standard deviations, root mean square; without such instructions x is rounded to bfloat16."""
+  got = logits(vlm.load(packed(kind, bits)))
+  monkeypatch.setattr(vlm.kernels, "PORTABLE", True)
+  want = logits(vlm.load(packed(kind, bits)))
+  assert np.sqrt(np.mean((got - want) ** 2)) / want.std() < most
+
+
 def test_other_devices_unpack_quantised_weights(packed, monkeypatch):
   monkeypatch.setattr(vlm.kernels, "PORTABLE", True)  # without rounding
   want = logits(vlm.load(packed("tiny1", 4)))
