@@ -650,7 +650,7 @@ def open_device(name):
   """A name of tinygrad's, None: the best there is -> the device's full name, ready for use. Raises Fault."""
   try:
     name = Device.canonicalize(name)
-    if name.startswith("CPU") and not DEV.renderer:
+    if name.startswith("CPU"):
       find_clang()
     return Device[name].device
   except Fault:

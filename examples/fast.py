@@ -292,6 +292,8 @@ def open_device(name):
       Device[name].graph = Kernels
     if isinstance(Device[name].renderer, LLVMRenderer) and hasattr(llvm.dll, "LLVMContextSetOpaquePointers"):
       llvm.dll.LLVMContextSetOpaquePointers(Device[name].compiler.context, 1)  # newer than LLVM 15 know
+      if NEW:
+        helpers.PARALLEL.value = 0  # its processes would have contexts of their own
 
 
 def likeliest(logits):
@@ -451,10 +453,10 @@ CONNECTIONS, helpers.db_connection = threading.local(), connection
 
 
 def find_compiler(needed=True):
-  """tinygrad's CPU device calls clang. Without one: zig's (from PyPI), libLLVM, or tinygrad's slow assembler.
-  needed: whether the model is to run there. Raises Fault."""
+  """tinygrad's CPU device calls clang, in 0.14 even as CPU:LLVM. Without one: zig's (from PyPI), libLLVM, or
+  tinygrad's slow assembler. needed: whether the model is to run there. Raises Fault."""
   named = os.environ.get("CC")
-  if needed and DEV.renderer or named and (named == str(CACHE / WRAPPER) or is_clang(named)):
+  if needed and DEV.renderer and not NEW or named and (named == str(CACHE / WRAPPER) or is_clang(named)):
     return
   if named:
     print(f"CC={named} is not used: it compiles nothing, or is no clang, which tinygrad needs", file=sys.stderr)
