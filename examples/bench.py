@@ -257,6 +257,7 @@ STEPS = 400000
 OUTPUTS, INPUTS = 16384, 2048  # of a product: Gemma's largest
 MANY = 1 << 17  # outputs: beyond every cache
 TRAINED = 22    # steps of the toy's training, of which the first two are left out
+QUESTIONS = 32  # in one of them
 
 
 def calls(function, x, count):
@@ -470,12 +471,13 @@ def products():
 def training():
   """The toy's training step, by kernel: JIT=2 runs and times them one by one."""
   code = """
-import statistics, sys, tempfile, time
+import os, statistics, sys, tempfile, time
 import train
 from tinygrad.helpers import Context
-train.vlm.kernels.KEPT = 0  # a kept program is one call, whatever JIT says
+if os.environ["JIT"] == "2":
+  train.vlm.kernels.KEPT = 0  # a kept program is one call, whatever JIT says
 with tempfile.TemporaryDirectory() as folder:
-  args = train.arguments(["--steps", "100", "--save", folder, "--quiet"])
+  args = train.arguments(["--steps", "100", "--batch", sys.argv[2], "--save", folder, "--quiet"])
   run = train.Run(args)
   batch = run.trainer.batch(*run.data.batch(0), run.data.text)
   times = []
@@ -491,7 +493,7 @@ with tempfile.TemporaryDirectory() as folder:
   for jit, steps in ("1", TRAINED), ("2", 3):  # together, as they run; and one by one
     path = os.pathsep.join([str(ROOT), str(ROOT / "examples")])
     env = os.environ | {"JIT": jit, "PYTHONPATH": path}
-    command = [sys.executable, "-c", code, str(steps)]
+    command = [sys.executable, "-c", code, str(steps), str(QUESTIONS)]
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
     if done.returncode:
       raise vlm.Fault("the training step failed", 1)

@@ -119,9 +119,12 @@ def answer(model, batch=1, length=8):
     model.decode(np.zeros(batch, np.int32), P + length + step, positions)
 
 
-def training():
-  """One step of the toy's training."""
+def training(layers=None):
+  """One step of the toy's training, or of a toy with fewer layers."""
   import train
+  if layers:
+    for tower in "vision_config", "text_config":
+      train.TOY[tower]["num_hidden_layers"] = layers
   with tempfile.TemporaryDirectory() as folder:
     run = train.Run(train.arguments(["--steps", "2", "--batch", "4", "--save", folder, "--quiet"]))
     run.trainer.step(run.trainer.batch(*run.data.batch(0), run.data.text), 1e-3)
@@ -156,8 +159,8 @@ def main(argv):
   p.add_argument("--shard", type=int, default=1, metavar="N", help="devices that share the weights")
   p.add_argument("--layers", type=int, metavar="N", help="of each tower, not all: their kernels are the same")
   args = p.parse_args(argv)
-  chosen = [f"--{name}" for name in ("bits", "batch", "side", "shard", "layers")
-            if getattr(args, name) != p.get_default(name)]
+  sizes = ["bits", "batch", "side", "shard", *(["layers"] if args.what != "train" else [])]
+  chosen = [f"--{name}" for name in sizes if getattr(args, name) != p.get_default(name)]
   if chosen and args.what not in TEXT:
     raise vlm.Fault(f"{vlm.terminal.some(chosen)}: only of a published size")
   if args.target == "memory":
@@ -168,7 +171,7 @@ def main(argv):
     raise vlm.Fault(f"kernels of what? give one of {', '.join(TEXT)}, train")
   stand_in(args.target)
   if args.what == "train":
-    training()
+    training(args.layers)
   else:
     model = make_model(args.what, args.side, args.bits, args.layers, args.shard)  # counted below
     answer(model, args.batch)

@@ -19,7 +19,8 @@ TINY = str(ROOT / "weights" / "tiny1")
 @pytest.fixture(autouse=True)
 def small(monkeypatch, tmp_path):
   monkeypatch.chdir(tmp_path)
-  sizes = {"FLOATS": 1 << 16, "STEPS": 1000, "OUTPUTS": 33, "INPUTS": 64, "MANY": 40, "TRAINED": 3}
+  sizes = {"FLOATS": 1 << 16, "STEPS": 1000, "OUTPUTS": 33, "INPUTS": 64, "MANY": 40, "TRAINED": 3,
+           "QUESTIONS": 4}
   for name, size in sizes.items():
     monkeypatch.setattr(bench, name, size)
 
@@ -99,7 +100,7 @@ def test_products(measure):
 @pytest.mark.long
 def test_the_training_step(capsys):
   assert bench.main(["--train"]) == 0
-  assert re.search(r"^32 questions a step, .* matmul \d+%, reductions \d+%", capsys.readouterr().out)
+  assert re.search(r"^4 questions a step, .* matmul [1-9]\d*%, reductions \d+%", capsys.readouterr().out)
 
 
 def test_the_protocol_of_workers(capsys):

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # vlm.py, wherever this is started from
 import gpu_dry_run
 
-# Two layers have all the kernels that 18 or 26 have. 448 pixels are more than a CHUNK of queries.
+# Two layers have all the kernels that 18 or 26 have, one all those of a training step. 448 pixels are more than a CHUNK of queries.
 INFERENCE = [("3b",), ("3b", "--bits", "int8", "--batch", "8"), ("2-3b", "--bits", "int4"),
              ("2-3b", "--side", "448")]
 EVERY = [*INFERENCE, ("2-3b", "--shard", "2"), ("train",)]
@@ -37,8 +37,9 @@ def two_at_a_time(request):
 
 @functools.cache
 def kernels(target, *what):
-  command = [sys.executable, ROOT / "examples" / "gpu_dry_run.py", target, *what]
-  done = subprocess.run(command + ["--layers", "2"] * (what[0] != "train"), capture_output=True, text=True)
+  layers = "1" if what[0] == "train" else "2"
+  command = [sys.executable, ROOT / "examples" / "gpu_dry_run.py", target, *what, "--layers", layers]
+  done = subprocess.run(command, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   *found, last = map(json.loads, done.stdout.splitlines())
   assert len(found) > 30 and last["bytes"] > (1e8 if what[0] != "train" else -1)
@@ -95,7 +96,7 @@ def test_rows_of_the_table_of_memory(size, name):
 
 @pytest.mark.parametrize("argv, word", [
   (["METAL:Apple7"], "of what"), (["METAL:Apple7", "5b"], "invalid choice"), (["memory", "3b"], "leave out"),
-  (["memory", "--bits", "int8"], "--bits"), (["METAL:Apple7", "train", "--layers", "2"], "--layers"),
+  (["memory", "--bits", "int8"], "--bits"), (["METAL:Apple7", "train", "--side", "448"], "--side"),
   (["FOO:x", "3b"], "no such device"), (["METAL:Apple7", "3b", "--quick"], "--quick")])
 def test_faults(argv, word, tmp_path):
   command = [sys.executable, ROOT / "examples" / "gpu_dry_run.py", *argv]
