@@ -609,8 +609,8 @@ def c_matmul(a, b, kind, batched):
   Z, rows, cols = math.prod(lead), math.prod(a.shape[len(lead):-1]), a.shape[-1]
   (I, K), J = (cols, rows) if kind == "tn" else (rows, cols), b.shape[-2 if kind == "nt" else -1]
   outs = {"out": empty(a, *((*lead, I, J) if kind == "tn" else (*a.shape[:-1], J)))}
-  rounded = kind == "nt" and b.dtype in (dtypes.uint16, dtypes.int8, dtypes.uint8) and not PORTABLE
-  integer = rounded and bits <= 8 and not training()
+  rounded = b.dtype in (dtypes.uint16, dtypes.int8, dtypes.uint8) and not PORTABLE
+  integer = rounded and bits <= 8 and kind == "nt" and not training()
   if rounded:  # a in bfloat16, or 8 bits and their scales, once for each core
     outs["scratch"] = empty(a, THREADS, I, -(-K // 32) * 16 + 16 + -(-K // 2048) * 16, dtype=dtypes.int32)
   defines = {"MATMUL": 1, "BATCH": Z, "I": I, "J": J, "K": K, "BITS": bits, "ROUNDED": int(rounded),
