@@ -1532,6 +1532,7 @@ LESS = {  # what is done to a command that takes minutes, or wants a downloaded 
   r"--steps \d+": "--steps 2 --batch 4",
   r"(--save|--init) weights/": r"\1 ", r"weights/paligemma-3b-mix-224": "weights/tiny1",
   r"vlm.py --train": r"\g<0> --steps 2",
+  r"--count \d+": "--count 12",
   r"gpu_dry_run.py memory": "gpu_dry_run.py METAL:Apple7 3b --layers 1", r"show.py eval": "show.py eval --scenes 20",
   r"codebook.py --train weights/": "codebook.py --steps 2 --batch 4 --train "}
 
