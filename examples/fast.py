@@ -279,8 +279,11 @@ def open_device(name):
     CACHELEVEL.value = 0
   if name is not None and not (isinstance(name, str) and re.fullmatch(r"\w+(:\d+)?", name)):
     raise Fault(f"device {name!r}: its name is to be a text, such as CPU or CUDA:1")
-  if name is None and not DEV.device and sys.platform == "linux" and not any(map(glob.glob, GPUS)):
-    DEV.value = "CPU"  # tinygrad would come to this too, after it has imported all its drivers: 0.4 s
+  cpu = (name or "CPU").startswith("CPU") and sys.platform == "linux"
+  if cpu and not DEV.device and not any(map(glob.glob, GPUS)):
+    # tinygrad would come to this too, after it has imported all its drivers, 0.4 s, or to an OpenCL device of this
+    # very processor, which it names in the environment of all programs that are started from then on
+    DEV.value = "CPU"
   kind = Device.canonicalize(name).partition(":")[0]
   if kind in ("NULL", "DISK", "NPY") and not NULL_ALLOW_COPYOUT:  # gpu_dry_run.py wants that
     raise Fault(f"device {kind} computes nothing; omit --device, DEV")

@@ -184,10 +184,10 @@ def watch(monkeypatch):
 
 @pytest.fixture
 def endless(monkeypatch):
-  """No answer ends by itself."""
+  """No answer ends by itself, or before a browser has had seconds to stop it."""
   monkeypatch.setattr(toy(), "config", dataclasses.replace(toy().config, eos=()))
   steps, plain = [], toy().decode
-  monkeypatch.setattr(toy(), "decode", lambda *args: (steps.append(args), plain(*args))[1])
+  monkeypatch.setattr(toy(), "decode", lambda *args: (steps.append(args), time.sleep(.02), plain(*args))[2])
   return steps
 
 
