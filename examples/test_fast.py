@@ -16,11 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tinygrad import Tensor, TinyJit, dtypes
+from tinygrad import Device, Tensor, TinyJit, dtypes
 from tinygrad.helpers import DEV
 from tinygrad.nn import optim
 from tinygrad.nn.state import get_state_dict
-from tinygrad.runtime.support.compiler_cpu import ClangJITCompiler
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # vlm.py, wherever this is started from
@@ -335,7 +334,9 @@ def by_qemu(folder, out, *others, fxn, **options):
     memory[place:place + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
   before, program, built = memory.tobytes(), folder / "kernel", folder / "kernel.o"
   known = f"#define SIZE {end}L\n#define PLACES {', '.join(map(str, places))}\n"
-  built.write_bytes(ClangJITCompiler(["arm64", "apple-m1"]).compile_to_obj(known + source + PROGRAM))
+  compiler = type(Device["CPU"].renderer.compiler)(["arm64", "apple-m1"])
+  compile = getattr(compiler, "compile_to_obj", compiler.compile)  # the first in tinygrad 0.13
+  built.write_bytes(compile(known + source + PROGRAM))
   import ziglang
   zig = Path(ziglang.__file__).with_name("zig")
   subprocess.run([zig, "ld.lld", built, "-o", program], check=True)
