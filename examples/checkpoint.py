@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,16 @@ def safetensors(tensors, metadata=None):
       bits = array.view(np.uint32)
       array = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
     yield np.ascontiguousarray(array.astype(np.float16) if dtype == dtypes.float16 else array).data
+
+
+def ahead(pieces):
+  """The same pieces, of which the next one is made while one is written."""
+  pieces = iter(pieces)
+  with ThreadPoolExecutor(1) as thread:
+    coming = thread.submit(next, pieces, None)
+    while (piece := coming.result()) is not None:
+      coming = thread.submit(next, pieces, None)
+      yield piece
 
 
 def write_file(path, pieces):
@@ -115,7 +126,7 @@ def write(folder, config, tokenizer, tensors):
 
   def pieces():
     named = {hub_name(name): (later, later.dtype) for name, later in tensors.items()}
-    for done, piece in enumerate(safetensors(named)):
+    for done, piece in enumerate(ahead(safetensors(named))):
       vlm.terminal.bar(done, len(tensors), f"writing {folder}")
       yield piece
     vlm.log.debug("")
