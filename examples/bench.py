@@ -5,8 +5,10 @@
     python examples/bench.py DIR --beside CHECKOUT              the same beside another vlm.py, as of before
     python examples/bench.py DIR --peer COMMAND                 the same beside any program, see run_peer
     python examples/bench.py DIR --check --python REF           does transformers choose the same tokens?
-    python examples/bench.py DIR --quantized [--vs ...]         8 and 4 bits: speed, agreement with DIR
+    python examples/bench.py DIR --quantized [--vs ...]         8 and 4 bits: speed, agreement with DIR; --vs quanto:
+                                                                beside transformers in 8 bits of optimum-quanto, too
     python examples/bench.py DIR --sides 224 448 896            seconds and memory of larger pictures
+    python examples/bench.py DIR --texts 5 200                  seconds of longer prompts, in tokens
     python examples/bench.py DIR --batches 1 8 32               pictures a second, so many at once
     python examples/bench.py --products                         the matmul kernel beside the machine
     python examples/bench.py --train                            the toy's training step, and its kernels
@@ -131,12 +133,16 @@ def measure(folder, born, steady, _, side, choices):
 THEIRS = """
 import json, resource, statistics, sys, time
 folder, *numbers, pixels = sys.argv[1:]
-born, steady, threads, tokens, text = map(json.loads, numbers)
+born, steady, threads, tokens, text, quanto = map(json.loads, numbers)
 import numpy as np, torch
 from transformers import PaliGemmaForConditionalGeneration
 torch.set_num_threads(threads)
 torch.set_grad_enabled(False)
 model = PaliGemmaForConditionalGeneration.from_pretrained(folder, dtype="auto").eval()
+if quanto:
+  from optimum.quanto import freeze, qint8, quantize
+  quantize(model, weights=qint8)
+  freeze(model)
 result = {"load": time.time() - born}
 image = torch.tensor(np.load(pixels)).to(model.dtype)
 patches = (model.config.vision_config.image_size // model.config.vision_config.patch_size) ** 2
@@ -191,11 +197,11 @@ def run_ours(folder, steady, side=None, choices=0, checkout=ROOT):
   return run([sys.executable, checkout / "examples" / "bench.py", folder, "--worker", job])
 
 
-def run_theirs(folder, python):
-  """One process of transformers."""
+def run_theirs(folder, python, quanto=False):
+  """One process of transformers. quanto: in 8 bits, which of its ways is the fastest at a token."""
   with tempfile.TemporaryDirectory() as tmp:
     np.save(image := f"{tmp}/pixels.npy", pixels(vlm.read_config(folder / "config.json").vision.image_size))
-    job = time.time(), 3, os.cpu_count(), TOKENS, json.dumps(TEXT), image
+    job = time.time(), 3, os.cpu_count(), TOKENS, json.dumps(TEXT), int(quanto), image
     return run([python, "-c", THEIRS, folder, *job])
 
 
@@ -370,7 +376,7 @@ def quantized_folders(folder):
     yield folders
 
 
-def quantized(folder, repeat, python=None):
+def quantized(folder, repeat, python=None, quanto=False):
   """Speed of the quantised weights beside the checkpoint's own, and how often they choose the same token."""
   prefixes = 16
   with quantized_folders(folder) as made:
@@ -379,6 +385,8 @@ def quantized(folder, repeat, python=None):
     runs = {name: lambda path=path: run_ours(path, 3) for name, path in folders.items()}
     if python:
       runs["transformers"] = lambda: run_theirs(folder, python)
+    if quanto:
+      runs["transformers, int8"] = lambda: run_theirs(folder, python, quanto)
     results, ceilings = by_turns(repeat, runs)
   for result in sum(results.values(), []):
     result["both"] = result["vision"] + result["prefill"]
@@ -396,6 +404,9 @@ def quantized(folder, repeat, python=None):
     print(f"| {name} | {vision:.2f} | {prefill:.2f} | {ratio(name, 'both', 'as they are')} | "
           f"{ratio(name, 'both', 'transformers')} | {decode * 1e3:.0f} | {ratio(name, 'decode', 'transformers')} | "
           f"{size:.2f} | {size / decode:.1f} | {memory:.2f} | {same} |")
+  for name in results.keys() - folders.keys():
+    seconds = (f"{key} {median(results[name], key):.3f} s" for key in ("vision", "prefill", "decode"))
+    print(f"\n{name}: {', '.join(seconds)}, {median(results[name], 'memory'):.2f} GB")
   print(f"\nlimits in each round: {', '.join(f'{read * 1e-9:.1f} GB/s' for _, read in ceilings)}")
 
 
@@ -409,6 +420,33 @@ def sides(folder, wanted):
     rate = 2e-9 * sum(arithmetic(config, len(TEXT))) / (result["vision"] + result["prefill"])
     print(f"| {side} | {config.vision.patches} | {result['vision']:.2f} | {result['prefill']:.2f} | "
           f"{rate:.0f} | {result['memory']:.2f} |", flush=True)
+
+
+def texts(folder, lengths):
+  """Prompts of so many tokens, which random pieces of text are cut to."""
+  model = vlm.load(folder)
+  P, image = model.config.vision.patches, pixels(model.config.vision.image_size)
+  features = vlm.upload(model.vision(image[0])[1][None], model.device)
+  print("| tokens of the prompt | prefill, s | of the limit | a token, ms | of the limit |")
+  print("|---" * 5 + "|")
+  for length in lengths:
+    T, times = 8 * -(-length // 8), {"prefill": [], "decode": []}
+    C = 256 * -(-(P + T + TOKENS) // 256)
+    positions = vlm.layout([length], P, T, C)
+    slots = vlm.upload(positions, model.device)
+    ids = np.array([[0] * (T - length) + [2, *range(10, 8 + length), 108][-length:]])
+    for _ in range(4):  # the first one compiles
+      start = time.perf_counter()
+      token = model.prefill(features, ids, positions)[0].numpy()
+      times["prefill"].append(time.perf_counter() - start)
+      start = time.perf_counter()
+      for i in range(5):
+        token = model.decode(token, P + T + i, slots)[0].numpy()
+      times["decode"].append((time.perf_counter() - start) / 5)
+    prefill, decode = (statistics.median(t[1:]) for t in times.values())
+    multiply, read = limits()
+    shares = arithmetic(model.config, length)[1] / multiply / prefill, bytes_read(model) / read / decode
+    print(f"| {length} | {prefill:.3f} | {shares[0]:.0%} | {decode * 1e3:.1f} | {shares[1]:.0%} |", flush=True)
 
 
 def batches(folder, sizes):
@@ -562,7 +600,7 @@ def check(folder, python):
   return all(agree)
 
 
-MODES = "check", "quantized", "sides", "batches", "products", "train"
+MODES = "check", "quantized", "sides", "texts", "batches", "products", "train"
 GOES_WITH = {"vs": ("", "quantized"), "beside": ("",), "peer": ("",), "repeat": ("", "quantized"),
              "python": ("", "quantized", "check")}
 
@@ -571,7 +609,8 @@ GOES_WITH = {"vs": ("", "quantized"), "beside": ("",), "peer": ("",), "repeat": 
 def main(argv):
   p = vlm.terminal.ArgumentParser(prog="bench.py", description="Measure speed and memory at full size.", allow_abbrev=False)
   p.add_argument("folder", metavar="DIR", nargs="?", help="PaliGemma's folder or name")
-  p.add_argument("--vs", choices=["transformers"], help="beside transformers, as ratios; needs --python")
+  p.add_argument("--vs", choices=["transformers", "quanto"],
+                 help="beside transformers, as ratios; quanto: in 8 bits too; needs --python")
   p.add_argument("--beside", metavar="CHECKOUT", type=Path, help="beside another vlm.py, as ratios")
   p.add_argument("--peer", type=shlex.split, metavar="COMMAND",
                  help="beside a program that prints its seconds as JSON, as ratios")
@@ -581,6 +620,7 @@ def main(argv):
   modes.add_argument("--check", action="store_true", help="does transformers choose the same tokens?")
   modes.add_argument("--quantized", action="store_true", help="8 and 4 bits: speed, agreement with DIR")
   modes.add_argument("--sides", type=int, nargs="+", metavar="S", help="seconds and memory of other pictures")
+  modes.add_argument("--texts", type=int, nargs="+", metavar="N", help="seconds of prompts of so many tokens")
   modes.add_argument("--batches", type=int, nargs="+", metavar="N", help="pictures a second, so many at once")
   modes.add_argument("--products", action="store_true", help="the matmul kernel beside the machine's limits")
   modes.add_argument("--train", action="store_true", help="the toy's training step, where its time goes")
@@ -597,11 +637,13 @@ def main(argv):
   if not without_model and not args.folder:
     raise vlm.Fault("which checkpoint? give its folder")
   if bool(args.python) != bool(args.vs or args.check):
-    raise vlm.Fault("--vs transformers and --check, and nothing else, go with --python REF")
+    raise vlm.Fault("--vs and --check, and nothing else, go with --python REF")
   if args.beside and not (args.beside / "examples" / "bench.py").is_file():
     raise vlm.Fault(f"--beside {args.beside}: there is no examples/bench.py")
-  if repeat < 1 or min([*(args.sides or []), *(args.batches or []), 1]) < 1:
-    raise vlm.Fault("--repeat, --sides and --batches: at least 1")
+  if repeat < 1 or min([*(args.sides or []), *(args.batches or []), *(args.texts or []), 1]) < 1:
+    raise vlm.Fault("--repeat, --sides, --texts and --batches: at least 1")
+  if args.vs == "quanto" and mode != "quantized":
+    raise vlm.Fault("--vs quanto goes with --quantized")
   if mode == "products":
     return products()
   if mode == "train":
@@ -613,9 +655,11 @@ def main(argv):
   elif mode == "check":
     return 0 if check(folder, args.python) else 1
   elif mode == "quantized":
-    quantized(folder, repeat, args.python)
+    quantized(folder, repeat, args.python, args.vs == "quanto")
   elif mode == "sides":
     sides(folder, args.sides)
+  elif mode == "texts":
+    texts(folder, args.texts)
   elif mode == "batches":
     batches(folder, args.batches)
   else:

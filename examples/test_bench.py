@@ -85,6 +85,13 @@ def test_sides(measure):
 
 
 @pytest.mark.long
+def test_texts(measure):
+  rows = measure(TINY, "--texts", "1", "200")
+  assert [row[0] for row in rows] == ["1", "200"] and all(float(number) > 0 for row in rows for number in row[1::2])
+  assert float(rows[1][1]) > float(rows[0][1]), "200 tokens in less time than one"
+
+
+@pytest.mark.long
 def test_batches(measure):
   rows = measure(TINY, "--batches", "1", "3")
   assert [row[0] for row in rows] == ["1", "3"]
@@ -116,7 +123,7 @@ def test_the_protocol_of_workers(capsys):
   ([TINY, "--products"], "leave out"), (["--train", "--repeat", "2"], "--repeat"),
   ([TINY, "--sides", "56", "--beside", "."], "--beside"),
   ([TINY, "--check", "--peer", "x"], "--peer"), ([TINY, "--peer", "'x"], "--peer"),
-  ([TINY, "--beside", "nowhere"], "nowhere"),
+  ([TINY, "--beside", "nowhere"], "nowhere"), ([TINY, "--vs", "quanto", "--python", "python3"], "--quantized"),
   ([TINY, "--repeat", "0"], "at least 1"), ([TINY, "--check", "--quantized"], "not allowed"),
   ([TINY, "--quick"], "--quick"), (["nowhere"], "nowhere")])
 def test_faults(argv, word, capsys):
@@ -132,3 +139,11 @@ def test_live_the_same_choices_as_transformers(measure, capsys):
   rows = measure(TINY, "--repeat", "1", "--vs", "transformers", "--python", sys.executable)
   assert all(len(row) == 5 for row in rows)
   assert bench.main([TINY, "--check", "--python", sys.executable]) == 0
+
+
+@pytest.mark.long
+def test_live_8_bits_of_quanto(measure, capsys):
+  pytest.importorskip("optimum.quanto")
+  assert bench.main([TINY, "--quantized", "--repeat", "1", "--vs", "quanto", "--python", sys.executable]) == 0
+  found = re.search(r"^transformers, int8: vision [\d.]+ s, prefill [\d.]+ s, decode ([\d.]+) s", capsys.readouterr().out, re.M)
+  assert float(found[1]) > 0
