@@ -69,7 +69,7 @@ KEPT = 300  # files; the one unused for longest goes first. 0: none is read or w
 ROOM = 100_000_000  # bytes of them together; one has 0.3 to 3 million
 CHUNK = 512  # queries at a time, or memory would grow with the square of the picture: gigabytes at 896 pixels
 SHARED = 1 << 18  # multiply-adds: a kernel of fewer has one thread
-QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container, microseconds of so many
+GROUP = Path("/sys/fs/cgroup")  # what a container may use
 GPUS = "/dev/nvidia*", "/dev/kfd", "/dev/dri", "/dev/kgsl*", "/dev/dxg"  # what Linux calls them
 
 
@@ -176,9 +176,25 @@ Allocator._free = free_by_others
 def usable_cores():
   """-> how many this process may use, in a container too."""
   with contextlib.suppress(OSError, ValueError):  # no limit
-    quota, period = QUOTA.read_text().split()
+    quota, period = (GROUP / "cpu.max").read_text().split()  # microseconds of so many
     return min(CORES.value, -(-int(quota) // int(period)))
   return CORES.value
+
+
+def free_memory():
+  """-> how many bytes this process can still have, in a container too; None where the system does not say."""
+  try:
+    free = int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+  except (OSError, TypeError):
+    try:
+      return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+      return None
+  with contextlib.suppress(OSError, ValueError, TypeError):  # no limit
+    most, used = (int((GROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+    files = int(re.search(r"^inactive_file (\d+)", (GROUP / "memory.stat").read_text(), re.M)[1])
+    return max(0, min(free, most - used + files))
+  return free
 
 
 asked = os.environ.get("VLM_THREADS") or str(usable_cores())

@@ -6,6 +6,7 @@
 SOURCE is what batch.py takes, and all machines see it and FOLDER at the same place. FOLDER gets Parquet files
 with the columns of batch.py's tables. Started again after a kill it answers what is not in them yet.
 """
+import hashlib
 import os
 import sys
 from pathlib import Path
@@ -15,7 +16,9 @@ import batch
 import vlm
 
 THREADS = "VLM_THREADS"  # how many a CPU device uses
+ASKED, DONE = "_asked", "_done"  # in FOLDER; who reads it as one table passes over names with _
 OTHERS = 4  # Ray's own tasks, which read, look up what is done, and write: they wait forever for a processor
+BLOCK = 4  # batches of rows that are kept together, and of which the pictures are opened ahead
 
 
 class Captioner:
@@ -28,10 +31,11 @@ class Captioner:
 
   def __call__(self, numbers):
     """{"id": which rows, from 0} -> their columns, and the same ids: what Ray keeps to know what is done."""
+    import pyarrow
     rows = [self.rows[int(i)] for i in numbers["id"]]
     lines = [line for _, line in self.job.lines(rows, self.options)]
-    table = list(batch.table_rows(lines))
-    return {"id": numbers["id"]} | {name: [row.get(name) for row in table] for name in batch.COLUMNS}
+    table = pyarrow.Table.from_pylist([*batch.table_rows(lines)], batch.schema())  # types, where all is None
+    return table.add_column(0, "id", pyarrow.array(numbers["id"]))
 
 
 def arguments(argv):
@@ -54,26 +58,53 @@ def arguments(argv):
   return args
 
 
+def check_folder(out, rows):
+  """Ray knows rows by their numbers: those of other pictures or questions would count as done. Raises Fault."""
+  asked = hashlib.sha256()
+  for row in rows:
+    asked.update(row.line())
+  try:
+    if out.exists() and any(out.iterdir()):
+      same = (out / ASKED).exists() and (out / ASKED).read_text() == asked.hexdigest()
+      if not same:
+        raise vlm.Fault(f"--out {out} holds something other than answers to these questions; choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / ASKED).write_text(asked.hexdigest())
+  except OSError as e:
+    raise vlm.Fault(f"--out {out}: {e.strerror}; choose another folder") from None
+
+
 @vlm.program
 def main(argv):
   args = arguments(argv)
   rows = batch.read_source(args)
   try:
+    import pyarrow.dataset
     import ray.data
     from ray.data.checkpoint import CheckpointConfig
   except ImportError:
     raise vlm.Fault("Ray is not installed: python -m pip install -r examples/requirements-ray.txt") from None
-  out = args.out.resolve()
-  ray.init(args.address, num_cpus=None if args.address else args.actors * args.cpus + OTHERS,
-           runtime_env={"env_vars": {THREADS: str(args.cpus)}}, log_to_driver=not args.quiet)
+  out, block = args.out.resolve(), args.batch_size * BLOCK
+  check_folder(out, rows)
+  elsewhere = args.address or os.environ.get("RAY_ADDRESS")
+  try:
+    ray.init(elsewhere or "local", num_cpus=None if elsewhere else args.actors * args.cpus + OTHERS,
+             runtime_env={"env_vars": {THREADS: str(args.cpus)}}, log_to_driver=not args.quiet)
+  except (ConnectionError, ValueError) as e:
+    raise vlm.Fault(f"--address {elsewhere}: {' '.join(str(e).split())}", code=1) from None
   context = ray.data.DataContext.get_current()
-  context.checkpoint_config = CheckpointConfig("id", str(out / "done"), delete_checkpoint_on_success=False)
+  context.checkpoint_config = CheckpointConfig("id", str(out / DONE), delete_checkpoint_on_success=False)
   words = [sys.argv[1:] if argv is None else argv, os.getcwd()]
-  answers = ray.data.range(len(rows)).map_batches(
-    Captioner, fn_constructor_args=words, batch_size=args.batch_size, num_cpus=args.cpus, num_gpus=args.gpus,
+  numbers = ray.data.range(len(rows), override_num_blocks=-(-len(rows) // block))
+  answers = numbers.map_batches(
+    Captioner, fn_constructor_args=words, batch_size=block, num_cpus=args.cpus, num_gpus=args.gpus,
     compute=ray.data.ActorPoolStrategy(size=args.actors))
   answers.write_parquet(str(out))
-  vlm.log.info(f"{len(rows)} rows: {args.out}")
+  text = pyarrow.dataset.field("text").is_valid()
+  good = pyarrow.dataset.dataset(out, format="parquet").count_rows(filter=text)
+  bad = f", {len(rows) - good} of them bad" if good < len(rows) else ""
+  vlm.log.info(f"{len(rows)} rows{bad}: {args.out}")
+  return 0 if good else 1
 
 
 if __name__ == "__main__":

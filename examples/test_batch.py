@@ -3,6 +3,7 @@ transformers itself, with new seeds and sizes at every run (VLM_SEED=N repeats o
 transformers."""
 import base64
 import csv
+import errno
 import functools
 import io
 import json
@@ -462,6 +463,36 @@ def test_every_kind_of_source(echo, pictures, capsys):
   assert "bad.tar row 1: photos/b.png: not an image" in err and "0x" not in err
 
 
+def test_members_of_a_tar(echo, capsys):
+  """by their places: names begin with ./, occur twice, and are links"""
+  for i in range(2):
+    picture(f"{i}.png", 1, (20 + i, 30))
+  with tarfile.open("odd.tar", "w") as tar:
+    for name in ("0.png", "1.png"):
+      tar.add(name, "./same.png")
+    for name, target in (("link.png", "./same.png"), ("nowhere.png", "none.png")):
+      link = tarfile.TarInfo(name)
+      link.type, link.linkname = tarfile.LNKTYPE, target
+      tar.addfile(link)
+  sizes, resize = [], Image.Image.resize
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(Image.Image, "resize", lambda self, *args: (sizes.append(self.size), resize(self, *args))[1])
+    code, rows = ask_all("odd.tar", "--prompt", "x")
+  assert code == 0 and [row["image"] for row in rows] == ["same.png", "same.png", "link.png", "nowhere.png"]
+  assert sizes == [(20, 30), (21, 30), (21, 30)]
+  assert "text" in rows[2] and rows[3]["error"] == "nowhere.png: a link to what the .tar does not hold"
+
+
+def test_a_pattern_that_is_none(echo, pictures, capsys):
+  for pattern in ("/x/*.png", ""):
+    assert ask_all("photos", "--prompt", "x", "--glob", pattern, out="o.jsonl")[0] == 2
+    assert f"--glob {pattern}" in capsys.readouterr().err
+
+
+def test_an_empty_share(echo, pictures):
+  assert ask_all("photos", "--prompt", "x", "--part", "1/9") == (0, []), "its command has done all it was to do"
+
+
 def test_parts_are_the_whole(echo, pictures):
   argv = ["photos", "--prompt", "x", "--prompt", "y"]
   ask_all(*argv)
@@ -499,24 +530,39 @@ def test_tables(echo, pictures, capsys, monkeypatch):
   assert not list(Path().glob("t.parquet*"))
 
 
+def test_tables_of_what_is_no_text(echo):
+  """numbers and lists in place of texts, and a name that is no UTF-8"""
+  name = os.fsdecode(b"caf\xe9.png")
+  picture(name, 1)
+  write_list({"image": 3, "prompt": "x"}, {"image": name, "prompt": "x"}, {"image": name, "prompt": 7})
+  assert ask_all("list.jsonl", out="t.csv")[0] == 0
+  with open("t.csv", newline="", encoding="utf-8") as file:
+    one, two, three = csv.DictReader(file)
+  assert one["image"] == "3" and one["error"] and two["image"] == r"caf\udce9.png" and two["text"]
+  assert three["prompt"] == "7" and three["error"]
+  assert all(isinstance(value, str) for row in batch.table_rows(Path("t.csv.jsonl").read_bytes().splitlines())
+             for name, value in row.items() if name != "row")
+
+
 def test_live_parquet(echo):
   if os.environ.get("VLM_LIVE"):  # CI, which must not skip
     import pyarrow  # noqa: F401
   parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow: see .ci/run")
   picture("a.png", 1)
-  write_list({"image": "a.png", "prompt": "x"}, {"image": "none.png", "prompt": "x"})
+  write_list({"image": "a.png", "prompt": "x"}, {"image": "none.png", "prompt": "x"}, {"image": 3, "prompt": 7})
   assert ask_all("list.jsonl", out="t.parquet")[0] == 0
-  one, two = parquet.read_table("t.parquet").to_pylist()
+  one, two, _ = parquet.read_table("t.parquet").to_pylist()
   assert one["row"] == 1 and one["text"].startswith("x") and one["error"] is None and "none.png" in two["error"]
 
 
-def test_what_does_not_fit_into_memory_is_halved(echo, capsys):
+@pytest.mark.parametrize("trouble", [MemoryError(), OSError(errno.ENOMEM, "Cannot allocate memory")])
+def test_what_does_not_fit_into_memory_is_halved(trouble, echo, capsys):
   picture("a.png", 1)
   write_list(*[{"image": "a.png", "prompt": str(i)} for i in range(11)])
   generate = echo.generate
   def small(images, prompts, **options):
     if len(prompts) > 3:
-      raise MemoryError
+      raise trouble
     return generate(images, prompts, **options)
   echo.generate = small
   assert do("--batch-size", 8, quiet=False) == 0 and echo.sizes == [2] * 4 + [2, 1]
@@ -528,12 +574,11 @@ def test_what_does_not_fit_into_memory_is_halved(echo, capsys):
 
 
 def test_the_size_of_a_batch_is_what_fits(monkeypatch):
-  m, pages = model("tiny1"), {}
-  monkeypatch.setattr(os, "sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else pages["free"])
-  sizes = []
-  for pages["free"] in (10, 2000, 10 ** 6):
+  m, sizes = model("tiny1"), []
+  for free in (40_000, 8_000_000, 4_000_000_000, None):
+    monkeypatch.setattr(vlm.kernels, "free_memory", lambda: free)
     sizes.append(batch.fitting(m, 256))
-  assert sizes[0] == 1 < sizes[1] < sizes[2] == 16
+  assert sizes[0] == 1 < sizes[1] < sizes[2] == sizes[3] == 16
 
 
 def test_pictures_are_opened_ahead():

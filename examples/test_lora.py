@@ -218,9 +218,10 @@ def test_gradients_by_layer_are_those_of_the_whole(kind):
     value = vlm.loss(model.net, *batch)
     right = value.gradient(*weights.values())
     value.realize(*right)
-  layers = by_layer.Layers(model.net, model.config, set(weights))
-  for _ in range(2):  # captured, replayed
+  apart, some, all_of_them = (by_layer.Layers(model.net, model.config, set(weights), together) for together in (0, 1, 9))
+  for layers in (apart, apart, some, all_of_them):  # captured, replayed
     loss, found = layers.gradients(batch)
+    assert layers.loss(batch) == pytest.approx(loss, rel=1e-6)
     assert loss == pytest.approx(value.item(), rel=1e-5) and found.keys() == weights.keys()
     for name, g in zip(weights, right):
       if not name.endswith("k_proj.bias"):  # zero but for rounding: softmax sees differences
@@ -310,7 +311,7 @@ def test_what_cannot_be_trained(tmp_path, capsys, monkeypatch):
   assert "--part lora" in refuses(capsys, *base, "--init", tmp_path / "q")
   assert "--rank" in refuses(capsys, *base, "--init", WEIGHTS / "tiny1", "--rank", 4)
   assert "--rank" in refuses(capsys, *base, "--init", WEIGHTS / "tiny1", "--part", "lora", "--rank", 0)
-  monkeypatch.setattr(train, "available", lambda: 10 ** 8)
+  monkeypatch.setattr(train.vlm.kernels, "free_memory", lambda: 10 ** 8)
   said = refuses(capsys, *base, "--init", WEIGHTS / "tiny1", "--batch", 4, code=1)
   assert "0.1 GB are free" in said and "--part lora" in said and "--batch 1 --accumulate 4" in said
   assert not (tmp_path / "out").exists()

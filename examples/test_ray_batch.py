@@ -50,20 +50,20 @@ def start(out):
 
 
 def read(out):
-  parquet = importlib.import_module("pyarrow.parquet")
-  rows = [row for file in Path(out).glob("*.parquet") for row in parquet.read_table(file).to_pylist()]
+  rows = importlib.import_module("pyarrow.parquet").read_table(out).to_pylist()
   return [{name: row[name] for name in batch.COLUMNS} for row in sorted(rows, key=lambda row: row["row"])]
 
 
 def wait_for(files, run):
   """Until so many files of rows are known to be done."""
-  while run.poll() is None and len([*Path("answers/done").glob("*.parquet")]) < files:
+  while run.poll() is None and len([*Path("answers/_done").glob("*.parquet")]) < files:
     time.sleep(.01)
   assert run.poll() is None, Path("said.txt").read_text()
 
 
 def test_live_equal_to_batch_after_kills():
-  """One run in which a worker is killed, then its driver, and one that goes on: every row once, as batch.py has it"""
+  """One run whose driver is killed, and one that goes on, of which a worker is killed: every row once, as batch.py
+  has it"""
   if os.environ.get("VLM_LIVE"):  # CI, which must not skip
     importlib.import_module("ray")
   pytest.importorskip("ray", reason="needs Ray: see examples/requirements-ray.txt")
@@ -73,12 +73,16 @@ def test_live_equal_to_batch_after_kills():
   assert len(right) == ROWS and sum(row["error"] is not None for row in right) == ROWS // 4
   with start("answers") as run:
     wait_for(1, run)
-    workers = subprocess.run(["pgrep", "-f", "ray::MapWorker"], capture_output=True, text=True).stdout.split()
-    os.kill(int(workers[0]), signal.SIGKILL)
-    wait_for(4, run)
     run.send_signal(signal.SIGKILL)
   some = read("answers")
   assert 0 < len(some) < ROWS
   with start("answers") as run:
+    wait_for(len([*Path("answers/_done").glob("*.parquet")]) + 1, run)
+    workers = subprocess.run(["pgrep", "-f", "ray::MapWorker"], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[0]), signal.SIGKILL)
     assert run.wait(timeout=300) == 0, Path("said.txt").read_text()
+  assert read("answers") == right and f"{ROWS // 4} of them bad" in Path("said.txt").read_text()
+  Path("list.jsonl").write_text(Path("list.jsonl").read_text().replace("caption", "detect"))
+  with start("answers") as run:  # other questions
+    assert run.wait(timeout=100) == 2 and "choose another folder" in Path("said.txt").read_text()
   assert read("answers") == right

@@ -141,11 +141,27 @@ def test_as_many_as_are_asked_for():
 def test_a_share_of_a_container(tmp_path, monkeypatch):
   for text, cores in (("max 100000", 8), ("150000 100000", 2), ("50000 100000", 1), ("900000 100000", 8), ("", 8)):
     (tmp_path / "cpu.max").write_text(text)
-    monkeypatch.setattr(fast, "QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(fast, "GROUP", tmp_path)
     monkeypatch.setattr(fast.CORES, "value", 8)
     assert fast.usable_cores() == cores
-  monkeypatch.setattr(fast, "QUOTA", tmp_path / "none")
+  monkeypatch.setattr(fast, "GROUP", tmp_path / "none")
   assert fast.usable_cores() == 8
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="the system does not say")
+def test_memory_of_a_container(tmp_path, monkeypatch):
+  """Its files can be given up, but for those that are in use."""
+  monkeypatch.setattr(fast, "GROUP", tmp_path / "none")
+  free = fast.free_memory()
+  assert 1e8 < free < 1e14
+  monkeypatch.setattr(fast, "GROUP", tmp_path)
+  (tmp_path / "memory.current").write_text("5000000\n")
+  (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 1000000\nactive_file 7\n")
+  for most, found in ("9000000\n", 5000000), ("1000000\n", 0):
+    (tmp_path / "memory.max").write_text(most)
+    assert fast.free_memory() == found
+  (tmp_path / "memory.max").write_text("max\n")
+  assert abs(fast.free_memory() / free - 1) < .5
 
 
 # ---- programs ----

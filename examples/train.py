@@ -170,9 +170,15 @@ class Trainer:
     return self.loss_program(*batch).item()
 
 class LayerTrainer(Trainer):
-  """The same by gradients of one layer at a time, of several batches an update: less memory, more time."""
+  """The same by gradients of one layer at a time, but for the last ones, `together`, of several batches an update:
+  less memory, more time."""
+  def __init__(self, net, config, part, together=0):
+    self.together = together
+    super().__init__(net, config, part)
+
   def compile(self):
-    self.layers, update = by_layer.Layers(self.net, self.config, set(self.weights)), self.update()
+    self.layers = by_layer.Layers(self.net, self.config, set(self.weights), self.together)
+    update = self.update()
     def from_gradients(value, *gradients):
       return update(value, gradients)
     device = next(iter(self.weights.values())).device
@@ -372,8 +378,9 @@ class Run:
       self.prepare_folder(source)
     self.told = f"{args.part}: {need.trained / 1e6:.3g} million weights are trained; memory: {need.told}"
     self.types = {n: t.dtype for n, t in get_state_dict(net).items()}  # a checkpoint keeps its number types
-    kind = LayerTrainer if args.by_layer else Trainer
-    self.trainer, self.done, self.saved, self.stop = kind(net, config, args.part), 0, 0, False
+    more = [need.together] if args.by_layer else []
+    self.trainer = (LayerTrainer if args.by_layer else Trainer)(net, config, args.part, *more)
+    self.done, self.saved, self.stop = 0, 0, False
     self.history, self.losses = [], []  # rows of loss.csv, losses since the last of them
     self.settings = {key: getattr(args, key) for key in SETTINGS}
     saved = self.trainer.weights if self.adapts else get_state_dict(net)
@@ -615,10 +622,12 @@ def settle(args, weights):
   if args.part != "lora" and args.given & {"--rank", "--alpha", "--vision"}:
     raise Fault("--rank, --alpha and --vision go with --part lora")
 
-Memory = namedtuple("Memory", "total weights trained told")
+TOGETHER = 500_000_000  # bytes that the last layers may take to be computed once instead of twice
+Memory = namedtuple("Memory", "total weights trained told together")
 
 def memory(net, config, args, text):
-  """Bytes that a run is going to take, of which the weights; how many weights move; the same in words."""
+  """Bytes that a run is going to take, of which the weights; how many weights move; the same in words; how many
+  layers are computed together."""
   v, t, weights = config.vision, config.text, get_state_dict(net)
   trained = sum(w.numel() for n, w in weights.items() if re.match(PARTS[args.part], n))
   frozen = sum(w.nbytes() for n, w in weights.items() if not re.match(PARTS[args.part], n))
@@ -628,21 +637,22 @@ def memory(net, config, args, text):
   head = 4 * rows * text * t.vocab_size
   kept = rows * t.num_hidden_layers * positions * t.hidden_size
   kept += rows * v.num_hidden_layers * v.patches * v.hidden_size
-  if not args.by_layer:
-    layer *= t.num_hidden_layers
+  half = layer // 2  # that goes from a layer's forward to its backward pass
+  together = min(t.num_hidden_layers, TOGETHER // (4 * half)) if args.by_layer else 0
+  layer = layer + max(0, together - 1) * half if args.by_layer else layer * t.num_hidden_layers
   activations, optimizer = 4 * (layer + head + kept), 4 * 5 * trained
   parts = {"weights": frozen + 4 * trained, "optimiser": optimizer, "activations": activations,
            "programs": PROCESS}
   total = sum(parts.values())
   listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
   told = f"{total / 1e9:.1f} GB ({listed})"
-  return Memory(total, frozen, trained, told)
+  return Memory(total, frozen, trained, told, together)
 
 PROCESS = 600_000_000  # bytes of Python, tinygrad and compiled programs
 
 def check_memory(need, args, source):
   """Raises Fault if the machine has less, with what would fit."""
-  room = available()
+  room = vlm.kernels.free_memory()
   if not room or need.total <= room:
     return
   advice = []
@@ -656,16 +666,6 @@ def check_memory(need, args, source):
                   f"python examples/quantize.py {source} PACKED --bits 8")
   raise Fault(f"this run takes {need.told}, and {room / 1e9:.1f} GB are free; less take: "
               f"{', or '.join(advice) or 'a smaller checkpoint'}", code=1)
-
-def available():
-  """Bytes of memory that a new program can have, None where the system does not say."""
-  try:
-    return int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
-  except (OSError, TypeError):
-    try:
-      return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-      return None
 
 def arguments(argv):
   """-> the options on a command line, checked. Raises Fault."""
