@@ -1,5 +1,5 @@
 """A task that the toy does not know, for train.py to teach it: "answer en is there a red star?", and colours in
-Spanish. A data folder of pictures with two such questions each and, so that nothing is forgotten, three of those that
+Spanish. A data folder of pictures with two such questions each and, so that nothing is forgotten, six of those that
 the toy does know.
 
     python examples/new_task.py lessons --count 1500            # to learn from
@@ -49,8 +49,8 @@ def make(folder, count, known):
     asked = [new[k] for k in rng.permutation(len(new))[:ASKED]]
     if known:
       old = shapes.tasks(scene, rng) + [shapes.segment(scene, obj.name, codes) for obj in scene.objects]
-      old = [(prefix, suffix) for prefix, suffix in old if suffix]  # train.py takes no empty answers
-      asked += [old[k] for k in rng.permutation(len(old))[:known]]
+      caption, *old = [(prefix, suffix) for prefix, suffix in old if suffix]  # train.py takes no empty answers
+      asked += [caption] + [old[k] for k in rng.permutation(len(old))[:known - 1]]  # or one of twenty were captions
     lines += [json.dumps({"image": name, "prefix": prefix, "suffix": suffix}) for prefix, suffix in asked]
   (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
 
@@ -61,7 +61,7 @@ def main(argv):
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
   p.add_argument("folder", metavar="DIR", type=Path, help="a new one")
   p.add_argument("--count", type=int, default=1500, metavar="N", help="pictures")
-  p.add_argument("--known", type=int, default=3, metavar="K", help="old questions about each of them, at most")
+  p.add_argument("--known", type=int, default=6, metavar="K", help="old questions about each of them, at most")
   args = p.parse_args(argv)
   if args.count < 1 or args.known < 0:
     raise vlm.Fault("--count: at least 1; --known: at least 0")

@@ -44,8 +44,14 @@ def quantize_by_blocks(w, bits, pool):
   """quantize(w, bits) by the threads of a pool, a block of rows each: float32 copies of a whole embedding
   take gigabytes."""
   rows = max(1, BLOCK // w.shape[1])
-  blocks = [w[i:i + rows] for i in range(0, len(w), rows)]
-  return map(np.concatenate, zip(*pool.map(quantize, blocks, [bits] * len(blocks))))
+  whole = [np.empty((len(w), *part.shape[1:]), part.dtype) for part in quantize(w[:1], bits)]
+
+  def fill(i):
+    for part, block in zip(whole, quantize(w[i:i + rows], bits)):
+      part[i:i + rows] = block
+  for _ in pool.map(fill, range(0, len(w), rows)):
+    pass
+  return whole
 
 
 def packed(array, bits, pool):
