@@ -622,7 +622,7 @@ def settle(args, weights):
   if args.part != "lora" and args.given & {"--rank", "--alpha", "--vision"}:
     raise Fault("--rank, --alpha and --vision go with --part lora")
 
-TOGETHER = 300_000_000  # bytes that the last layers may take to be computed once instead of twice
+TOGETHER = 600_000_000  # bytes that the last layers may take to be computed once instead of twice
 Memory = namedtuple("Memory", "total weights trained told together")
 
 def memory(net, config, args, text):
