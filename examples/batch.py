@@ -369,7 +369,8 @@ class Job:
   def lines(self, rows, options):
     """Rows -> yields for each the row and its line of answers."""
     side, (rows, asked) = self.model.config.vision.image_size, itertools.tee(rows)
-    # Pictures are opened and resized while the model computes, a batch ahead.
+    # Pictures are opened and resized while the model computes, a batch ahead. JPEG's own scaled decoding, Image.draft,
+    # would save 0.08 s of 0.1 that nobody waits for, and moves numbers by up to 2 of 255.
     questions = ahead(lambda row: row.question(side), asked, 2 * self.size)
     for row, answer in zip(rows, attempt_all(self.model, questions, self.size, options)):
       if isinstance(answer, Fault):
