@@ -404,7 +404,7 @@ def quantized(folder, repeat, python=None, quanto=False):
     print(f"| {name} | {vision:.2f} | {prefill:.2f} | {ratio(name, 'both', 'as they are')} | "
           f"{ratio(name, 'both', 'transformers')} | {decode * 1e3:.0f} | {ratio(name, 'decode', 'transformers')} | "
           f"{size:.2f} | {size / decode:.1f} | {memory:.2f} | {same} |")
-  for name in results.keys() - folders.keys():
+  for name in [name for name in results if name not in folders]:
     seconds = (f"{key} {median(results[name], key):.3f} s" for key in ("vision", "prefill", "decode"))
     print(f"\n{name}: {', '.join(seconds)}, {median(results[name], 'memory'):.2f} GB")
   print(f"\nlimits in each round: {', '.join(f'{read * 1e-9:.1f} GB/s' for _, read in ceilings)}")

@@ -49,8 +49,7 @@ def quantize_by_blocks(w, bits, pool):
   def fill(i):
     for part, block in zip(whole, quantize(w[i:i + rows], bits)):
       part[i:i + rows] = block
-  for _ in pool.map(fill, range(0, len(w), rows)):
-    pass
+  list(pool.map(fill, range(0, len(w), rows)))  # waits for all
   return whole
 
 

@@ -64,12 +64,11 @@ def check_folder(out, rows):
   for row in rows:
     asked.update(row.line())
   try:
-    if out.exists() and any(out.iterdir()):
-      same = (out / ASKED).exists() and (out / ASKED).read_text() == asked.hexdigest()
-      if not same:
-        raise vlm.Fault(f"--out {out} holds something other than answers to these questions; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
-    (out / ASKED).write_text(asked.hexdigest())
+    if not any(out.iterdir()):
+      (out / ASKED).write_text(asked.hexdigest())
+    elif not (out / ASKED).exists() or (out / ASKED).read_text() != asked.hexdigest():
+      raise vlm.Fault(f"--out {out} holds something other than answers to these questions; choose another folder")
   except OSError as e:
     raise vlm.Fault(f"--out {out}: {e.strerror}; choose another folder") from None
 
