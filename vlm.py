@@ -137,7 +137,6 @@ def rms_norm(x, weight, eps):
   # LayerNorm without the mean, which brings little for its time (arxiv.org/abs/1910.07467). 1 + weight: Gemma
   # stores the distance from one, so that a weight of zero changes nothing.
   return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * (1 + to_float32(weight))
-@fast
 def softmax(x, scale):
   """softmax(x * scale) of the last dimension. In float32: bfloat16 moves the likeliest token."""
   # contiguous: fused into what follows, every exponential would be computed again for each of its terms

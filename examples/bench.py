@@ -9,7 +9,8 @@
                                                                 beside transformers in 8 bits of optimum-quanto, too
     python examples/bench.py DIR --sides 224 448 896            seconds and memory of larger pictures
     python examples/bench.py DIR --texts 5 200                  seconds of longer prompts, in tokens
-    python examples/bench.py DIR --batches 1 8 32               pictures a second, so many at once
+    python examples/bench.py DIR --batches 1 8 32               pictures a second, so many at once; these three
+                                                                go with each other, and with what others are beside
     python examples/bench.py --products                         the matmul kernel beside the machine
     python examples/bench.py --train                            the toy's training step, and its kernels
 
@@ -411,15 +412,17 @@ def quantized(folder, repeat, python=None, quanto=False):
 
 
 def sides(folder, wanted):
-  print("| picture | image tokens | vision, s | prefill, s | GFLOPS | peak memory, GB |")
-  print("|---" * 6 + "|")
+  print("| picture | image tokens | vision, s | prefill, s | beside the first | GFLOPS | peak memory, GB |")
+  print("|---" * 7 + "|")
+  first = None
   for side in wanted:
     run_ours(folder, 0, side=side)  # compiles
     result = run_ours(folder, 1, side=side)
     config = with_side(vlm.read_config(folder / "config.json"), side)
-    rate = 2e-9 * sum(arithmetic(config, len(TEXT))) / (result["vision"] + result["prefill"])
+    both = result["vision"] + result["prefill"]
+    rate, first = 2e-9 * sum(arithmetic(config, len(TEXT))) / both, first or both
     print(f"| {side} | {config.vision.patches} | {result['vision']:.2f} | {result['prefill']:.2f} | "
-          f"{rate:.0f} | {result['memory']:.2f} |", flush=True)
+          f"{both / first:.1f} | {rate:.0f} | {result['memory']:.2f} |", flush=True)
 
 
 def texts(folder, lengths):
@@ -427,8 +430,9 @@ def texts(folder, lengths):
   model = vlm.load(folder)
   P, image = model.config.vision.patches, pixels(model.config.vision.image_size)
   features = vlm.upload(model.vision(image[0])[1][None], model.device)
-  print("| tokens of the prompt | prefill, s | of the limit | a token, ms | of the limit |")
-  print("|---" * 5 + "|")
+  print("| tokens of the prompt | prefill, s | beside the first | of the limit | a token, ms | of the limit |")
+  print("|---" * 6 + "|")
+  first = None
   for length in lengths:
     T, times = 8 * -(-length // 8), {"prefill": [], "decode": []}
     C = 256 * -(-(P + T + TOKENS) // 256)
@@ -444,9 +448,9 @@ def texts(folder, lengths):
         token = model.decode(token, P + T + i, slots)[0].numpy()
       times["decode"].append((time.perf_counter() - start) / 5)
     prefill, decode = (statistics.median(t[1:]) for t in times.values())
-    multiply, read = limits()
+    (multiply, read), first = limits(), first or prefill
     shares = arithmetic(model.config, length)[1] / multiply / prefill, bytes_read(model) / read / decode
-    print(f"| {length} | {prefill:.3f} | {shares[0]:.0%} | {decode * 1e3:.1f} | {shares[1]:.0%} |", flush=True)
+    print(f"| {length} | {prefill:.3f} | {prefill / first:.1f} | {shares[0]:.0%} | {decode * 1e3:.1f} | {shares[1]:.0%} |", flush=True)
 
 
 def batches(folder, sizes):
@@ -454,8 +458,9 @@ def batches(folder, sizes):
   model = vlm.load(folder)
   numbers = sum(t.numel() for t in get_state_dict(model.net.language_model).values())  # in a token: multiply-adds
   side, rng = model.config.vision.image_size, np.random.default_rng(0)
-  print("| pictures at once | vision, s | prefill, s | decode, s | pictures/s | of the limit |")
-  print("|---" * 6 + "|")
+  print("| pictures at once | vision, s | prefill, s | decode, s | pictures/s | beside the first | of the limit |")
+  print("|---" * 7 + "|")
+  first = None
   for size in sizes:
     for _ in range(2):  # the first one compiles
       images = [rng.uniform(-1, 1, (3, side, side)).astype(np.float32) for _ in range(size)]
@@ -470,7 +475,9 @@ def batches(folder, sizes):
     limit = size * sum(arithmetic(model.config, len(TEXT))) / multiply
     limit += (TOKENS - 1) * max(bytes_read(model) / read, size * numbers / multiply)
     total = vision + prefill + decode
-    print(f"| {size} | {vision:.3f} | {prefill:.3f} | {decode:.3f} | {size / total:.3g} | {limit / total:.0%} |", flush=True)
+    first = first or size / total
+    print(f"| {size} | {vision:.3f} | {prefill:.3f} | {decode:.3f} | {size / total:.3g} | {size / total / first:.1f} | "
+          f"{limit / total:.0%} |", flush=True)
 
 
 def products():
@@ -600,7 +607,8 @@ def check(folder, python):
   return all(agree)
 
 
-MODES = "check", "quantized", "sides", "texts", "batches", "products", "train"
+MODES = "check", "quantized", "products", "train"
+TABLES = {"sides": sides, "texts": texts, "batches": batches}  # after the first table, if that is asked for
 GOES_WITH = {"vs": ("", "quantized"), "beside": ("",), "peer": ("",), "repeat": ("", "quantized"),
              "python": ("", "quantized", "check")}
 
@@ -619,18 +627,22 @@ def main(argv):
   modes = p.add_mutually_exclusive_group()
   modes.add_argument("--check", action="store_true", help="does transformers choose the same tokens?")
   modes.add_argument("--quantized", action="store_true", help="8 and 4 bits: speed, agreement with DIR")
-  modes.add_argument("--sides", type=int, nargs="+", metavar="S", help="seconds and memory of other pictures")
-  modes.add_argument("--texts", type=int, nargs="+", metavar="N", help="seconds of prompts of so many tokens")
-  modes.add_argument("--batches", type=int, nargs="+", metavar="N", help="pictures a second, so many at once")
   modes.add_argument("--products", action="store_true", help="the matmul kernel beside the machine's limits")
   modes.add_argument("--train", action="store_true", help="the toy's training step, where its time goes")
   modes.add_argument("--worker", help=argparse.SUPPRESS)
+  p.add_argument("--sides", type=int, nargs="+", metavar="S", help="seconds and memory of other pictures")
+  p.add_argument("--texts", type=int, nargs="+", metavar="N", help="seconds of prompts of so many tokens")
+  p.add_argument("--batches", type=int, nargs="+", metavar="N", help="pictures a second, so many at once")
   args = p.parse_args(argv)
   mode = next((mode for mode in MODES if getattr(args, mode)), "")
   repeat = 3 if args.repeat is None else args.repeat
-  for option, where in GOES_WITH.items():
+  tables = {name: values for name in TABLES if (values := getattr(args, name))}
+  beside = bool(args.vs or args.beside or args.peer is not None)
+  for option, where in (GOES_WITH | dict.fromkeys(tables, ("",))).items():
     if getattr(args, option) is not None and mode not in where:
       raise vlm.Fault(f"--{option} does not go with --{mode}")
+  if args.repeat and tables and not beside:
+    raise vlm.Fault(f"--repeat does not go with --{[*tables][0]} alone")
   without_model = mode in ("products", "train")
   if without_model and args.folder:
     raise vlm.Fault(f"--{mode} is of no checkpoint; leave out {args.folder}")
@@ -640,7 +652,7 @@ def main(argv):
     raise vlm.Fault("--vs and --check, and nothing else, go with --python REF")
   if args.beside and not (args.beside / "examples" / "bench.py").is_file():
     raise vlm.Fault(f"--beside {args.beside}: there is no examples/bench.py")
-  if repeat < 1 or min([*(args.sides or []), *(args.batches or []), *(args.texts or []), 1]) < 1:
+  if repeat < 1 or min(sum(tables.values(), [1])) < 1:
     raise vlm.Fault("--repeat, --sides, --texts and --batches: at least 1")
   if args.vs == "quanto" and mode != "quantized":
     raise vlm.Fault("--vs quanto goes with --quantized")
@@ -656,14 +668,12 @@ def main(argv):
     return 0 if check(folder, args.python) else 1
   elif mode == "quantized":
     quantized(folder, repeat, args.python, args.vs == "quanto")
-  elif mode == "sides":
-    sides(folder, args.sides)
-  elif mode == "texts":
-    texts(folder, args.texts)
-  elif mode == "batches":
-    batches(folder, args.batches)
   else:
-    compare(folder, repeat, args.python, args.beside and args.beside.resolve(), args.peer)
+    if beside or not tables:
+      compare(folder, repeat, args.python, args.beside and args.beside.resolve(), args.peer)
+    for name, values in tables.items():
+      print()
+      TABLES[name](folder, values)
 
 
 if __name__ == "__main__":

@@ -225,14 +225,15 @@ def rows(weight, ids):
 
 
 def attention(q, k, v, scale, mask=None, softcap=0.0):
+  if forward_in_c(q):
+    of_one = q.shape[2] == 1 and mask is not None
+    return (c_attention_of_one if of_one else c_attention)(q, k, v, scale, mask, softcap)
   if q.shape[2] > CHUNK:
     parts = []
     for i in range(0, q.shape[2], CHUNK):
       seen = mask if mask is None or mask.shape[-2] == 1 else mask[..., i:i + CHUNK, :]
       parts.append(attention.plain(q[:, :, i:i + CHUNK], k, v, scale, seen, softcap))
     return Tensor.cat(*parts, dim=1)
-  one_token = q.shape[2] == 1 and mask is not None
-  return c_attention(q, k, v, scale, mask, softcap) if one_token and forward_in_c(q) else None
 
 
 def layer_norm(x, weight, bias, eps):
@@ -241,10 +242,6 @@ def layer_norm(x, weight, bias, eps):
 
 def rms_norm(x, weight, eps):
   return c_by_row("norm", {"x": x, "b": weight}, EPS=eps) if forward_in_c(x) else None
-
-
-def softmax(x, scale):
-  return c_by_row("softmax", {"x": x}, SCALE=scale) if forward_in_c(x) else None
 
 
 def soft_cap(x, cap, scale=1.0):
@@ -657,7 +654,7 @@ def c_rows(w, ids):
 
 
 def c_by_row(name, srcs, **defines):
-  """softmax, soft_cap, gelu or norm (weights b, with a bias a LayerNorm) of each row of x. No gradient."""
+  """soft_cap, gelu or norm (weights b, with a bias a LayerNorm) of each row of x. No gradient."""
   x, K = srcs["x"], srcs["x"].shape[-1]
   I = x.numel() // K
   kind = srcs.get("b", x).dtype
@@ -667,6 +664,27 @@ def c_by_row(name, srcs, **defines):
 
 
 def c_attention(q, k, v, scale, mask, softcap):
+  """vlm.py's attention, in bfloat16 where the queries come from weights of 16 bits or fewer."""
+  B, H, T, d = q.shape
+  K, C = k.shape[1:3]
+  rows, inputs = H // K * T, [node.dtype for node in q.uop.toposort() if node.op is Ops.BUFFER]
+  short = not PORTABLE and any(kind in (dtypes.uint16, dtypes.int8, dtypes.uint8) for kind in inputs)
+  blocks = -(-rows // 480)
+  blocks += -blocks % (THREADS // math.gcd(THREADS, B * K))  # as many for each thread
+  srcs = {"x": q * scale, "b": k, "values": v}
+  if mask is not None:
+    srcs["seen"] = mask.reshape(B, mask.shape[-2], C)
+  defines = {"ATTEND": 2, "I": B * H * T, "K": d, "BITS": 32, "A_T": 0, "FEW": 0, "SLOTS": C, "HEADS": K, "T": T,
+             "QUERIES": rows, "BLOCKS": blocks, "SEEN": 0 if mask is None else mask.shape[-2], "CAP": softcap,
+             "ROUNDED": int(short)}
+  wide = -(-d // 32) * 32
+  outs = {"out": empty(q, B, T, H * d),
+          "scratch": empty(q, THREADS, (-(-rows // blocks) + 16) * (2 * wide + 320), dtype=dtypes.int32)}
+  name = f"attention_{B}_{K}_{H // K}_{T}_{C}_{d}"
+  return c_kernel(name, defines, outs, srcs, 2 * B * H * T * C * d)
+
+
+def c_attention_of_one(q, k, v, scale, mask, softcap):
   """vlm.py's attention for one query a row, T = 1: caches are read once, as they are, and only where seen."""
   B, H, _, d = q.shape
   K, C = k.shape[1:3]

@@ -80,23 +80,19 @@ def test_quantised(measure):
 
 
 @pytest.mark.long
-def test_sides(measure):
-  assert [row[:2] for row in measure(TINY, "--sides", "56", "84")] == [["56", "16"], ["84", "36"]]
-
-
-@pytest.mark.long
-def test_texts(measure):
-  rows = measure(TINY, "--texts", "1", "200")
-  assert [row[0] for row in rows] == ["1", "200"] and all(float(number) > 0 for row in rows for number in row[1::2])
-  assert float(rows[1][1]) > float(rows[0][1]), "200 tokens in less time than one"
-
-
-@pytest.mark.long
-def test_batches(measure):
-  rows = measure(TINY, "--batches", "1", "3")
-  assert [row[0] for row in rows] == ["1", "3"]
-  for size, *seconds, rate, share in rows:
+def test_how_cost_grows(capsys):
+  """with pictures, texts and batches, in one run"""
+  assert not bench.main([TINY, "--sides", "56", "84", "--texts", "1", "200", "--batches", "1", "3"])
+  tables = [[row.strip("| ").split(" | ") for row in part.splitlines()[2:]] for part in capsys.readouterr().out.strip().split("\n\n")]
+  sides, texts, batches = tables
+  assert [row[:2] for row in sides] == [["56", "16"], ["84", "36"]]
+  assert [row[0] for row in texts] == ["1", "200"] and all(float(number) > 0 for row in texts for number in (row[1], row[4]))
+  assert float(texts[1][1]) > float(texts[0][1]), "200 tokens in less time than one"
+  assert [row[0] for row in batches] == ["1", "3"]
+  for size, *seconds, rate, growth, share in batches:
     assert abs(int(size) / sum(map(float, seconds)) / float(rate) - 1) < .1 and re.fullmatch(r"\d+%", share)
+    assert abs(float(rate) / float(batches[0][4]) - float(growth)) < .1
+  assert sides[0][4] == texts[0][2] == "1.0"
 
 
 @pytest.mark.long
@@ -121,7 +117,7 @@ def test_the_protocol_of_workers(capsys):
   ([], "which checkpoint"), ([TINY, "--vs", "transformers"], "--python"),
   ([TINY, "--python", "python3"], "--vs"), ([TINY, "--check"], "--python"),
   ([TINY, "--products"], "leave out"), (["--train", "--repeat", "2"], "--repeat"),
-  ([TINY, "--sides", "56", "--beside", "."], "--beside"),
+  ([TINY, "--sides", "56", "--check", "--python", "python3"], "--sides"), ([TINY, "--texts", "5", "--repeat", "2"], "--repeat"),
   ([TINY, "--check", "--peer", "x"], "--peer"), ([TINY, "--peer", "'x"], "--peer"),
   ([TINY, "--beside", "nowhere"], "nowhere"), ([TINY, "--vs", "quanto", "--python", "python3"], "--quantized"),
   ([TINY, "--repeat", "0"], "at least 1"), ([TINY, "--check", "--quantized"], "not allowed"),

@@ -112,6 +112,7 @@ def is_right(out, x, w, exact, kind):
 # (operation, arguments): a shape stands for a tensor of normal numbers, (kind, shape) for a weight.
 MASK = np.random.default_rng(0).random((2, 1, 1, 1, 70)) < 0.5
 EVERYTHING = np.ones((3, 1, 1, 1, 33), bool)
+TRIANGLE = np.tril(np.ones((2, 1, 1, 19, 70), bool), 51)
 IDS = np.array([[3, 49, 0], [3, 7, 11]], np.int32)
 CASES = [
   *[("matmul", (M, K), (kind, (N, K))) for kind in KINDS for M, N, K in (
@@ -125,11 +126,12 @@ CASES = [
   *[("attention", (2, 8, 1, 32), (2, heads, 70, 32), (2, heads, 70, 32), 32 ** -0.5, MASK, cap)
     for heads in (1, 4, 8) for cap in (0.0, 5.0)],
   ("attention", (3, 6, 1, 7), (3, 2, 33, 7), (3, 2, 33, 7), 0.5, EVERYTHING),
+  *[("attention", (2, 8, 19, 32), (2, heads, 70, 32), (2, heads, 70, 32), 32 ** -0.5, *more)
+    for heads in (1, 4, 8) for more in ((), (MASK, 5.0), (TRIANGLE,))],
+  ("attention", (3, 6, 2, 7), (3, 2, 33, 7), (3, 2, 33, 7), 0.5, EVERYTHING),
   *[("layer_norm", (2, 3, width), (kind, (width,)), (kind, (width,)), 1e-6)
     for kind in KINDS[:3] for width in (7, 33, 1152)],
   *[("rms_norm", (2, 3, width), (kind, (width,)), 1e-3) for kind in KINDS[:3] for width in (1, 33, 1152)],
-  *[("softmax", shape, scale)
-    for shape in ((1, 1), (2, 3, 16), (5, 33), (4, 1000)) for scale in (1.0, 0.06, 20.0)],
   *[("soft_cap", shape, *more) for shape in ((1, 1), (3, 70)) for more in ((30.0,), (5.0, 20.0))],
   *[("gelu", *[shape] * n) for shape in ((1, 1), (2, 3, 16), (5, 33)) for n in (1, 2)],
   *[("likeliest", shape) for shape in ((1, 1), (3, 4097), (2, 1536))],
@@ -509,24 +511,6 @@ def test_profile_knows_operations_and_bytes():
   assert estimates.ops == 2 * 3 * 48 * 64 and 4 * 3 * (48 + 64) + 2 * 48 * 64 <= estimates.mem < 30000
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 3, 16), (5, 33), (1, 2112, 264), (4, 1000)])
-def test_softmax_equals_numpy(shape):
-  for size, scale in ((1, 1.0), (20, 0.0625), (300, 1.0)):  # flat, as in the models, nearly one-hot
-    x = normal(*shape) * size
-    want = np.exp((x - x.max(-1, keepdims=True)).astype(np.float64) * scale)
-    want /= want.sum(-1, keepdims=True)
-    assert np.abs(vlm.softmax(tensor(x), scale).numpy() - want).max() < 1e-6
-
-
-def test_softmax_of_masked_and_of_broken_rows():
-  x = normal(3, 40)
-  x[0, 5:], x[1, 7] = -np.inf, np.nan
-  weights = vlm.softmax(tensor(x), 1.0).numpy()
-  assert (weights[0, 5:] < 1e-30).all() and abs(weights[0, :5].sum() - 1) < 1e-6
-  assert np.isnan(weights[1]).all(), "a NaN that is hidden would be taken for an answer"
-  assert np.isfinite(weights[2]).all()
-
-
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 3, 16), (5, 33), (4, 1000)])
 def test_gelu_equals_numpy(shape):
   x, times = normal(*shape) * 4, normal(*shape, seed=1)
@@ -563,6 +547,17 @@ def test_norms_equal_numpy(width, kind):
     assert np.abs(norm(tensor(x)).numpy() - want).max() < 1e-4
 
 
+def attended(q, k, v, seen, cap):
+  """Attention in float64; seen (B, T or 1, C)."""
+  (B, H, T, d), (K, C) = q.shape, k.shape[1:3]
+  logits = np.einsum("bkgtd,bkcd->bkgtc", q.reshape(B, K, H // K, T, d), k.astype(np.float64)) * d ** -0.5
+  logits = cap * np.tanh(logits / cap) if cap else logits
+  logits = np.where(seen[:, None, None], logits, -np.inf)
+  weights = np.exp(logits - logits.max(-1, keepdims=True))
+  out = np.einsum("bkgtc,bkcd->btkgd", weights / weights.sum(-1, keepdims=True), v)
+  return out.reshape(B, T, H * d)
+
+
 @pytest.mark.parametrize("B, heads, kv_heads, C, d", [(1, 8, 1, 512, 256), (2, 8, 4, 70, 32), (3, 3, 3, 1, 7),
                                                       (2, 6, 2, 33, 80), (1, 5, 1, 100, 64)])
 @pytest.mark.parametrize("cap", [0.0, 5.0])
@@ -571,12 +566,42 @@ def test_attention_of_one_token_equals_numpy(B, heads, kv_heads, C, d, cap):
   seen = np.random.default_rng(0).random((B, C)) < 0.5
   seen[:, -1], seen[0, :C // 2] = True, False  # whole blocks that nobody sees
   k[~seen[:, None].repeat(kv_heads, 1)] *= 1e6  # what would be noticed, if it were looked at
-  logits = np.einsum("bkqd,bkcd->bkqc", q.reshape(B, kv_heads, -1, d), k.astype(np.float64)) * d ** -0.5
-  logits = cap * np.tanh(logits / cap) if cap else logits
-  weights = np.exp(np.where(seen[:, None, None], logits, -np.inf))
-  want = (weights / weights.sum(-1, keepdims=True) @ v).reshape(B, 1, heads * d)
   out = vlm.attention(*map(tensor, (q, k, v)), d ** -0.5, tensor(seen).reshape(B, 1, 1, 1, C), cap)
-  assert np.abs(out.numpy() - want).max() < 1e-5
+  assert np.abs(out.numpy() - attended(q, k, v, seen[:, None], cap)).max() < 1e-5
+
+
+def by_bfloat16(x):
+  """A tensor that comes from weights of 16 bits."""
+  return tensor(x) + vlm.to_float32(tensor(np.zeros(1, np.uint16)))
+
+
+@in_c
+@pytest.mark.parametrize("B, heads, kv_heads, T, C, d", [
+  (1, 4, 4, 256, 256, 72), (2, 8, 1, 13, 40, 256), (3, 3, 3, 2, 7, 7), (2, 6, 2, 530, 530, 80)])
+@pytest.mark.parametrize("see, cap", [("everything", 0.0), ("the same", 5.0), ("each its own", 0.0)])
+def test_attention_equals_numpy(B, heads, kv_heads, T, C, d, see, cap, monkeypatch):
+  q, k, v = normal(B, heads, T, d) * 2, normal(B, kv_heads, C, d, seed=1), normal(B, kv_heads, C, d, seed=2)
+  seen = np.random.default_rng(0).random((B, T if see == "each its own" else 1, C)) < 0.5
+  seen |= see == "everything"
+  seen[..., -1], seen[0, ..., :C // 2] = True, see == "everything"
+  want, mask = attended(q, k, v, seen, cap), None if see == "everything" else tensor(seen[:, None, None])
+  for make, portable in (tensor, False), (by_bfloat16, True), (by_bfloat16, False):
+    monkeypatch.setattr(fast, "PORTABLE", portable)
+    out = vlm.attention(make(q), tensor(k), tensor(v), d ** -0.5, mask, cap).numpy()
+    rounds = make is by_bfloat16 and not portable and BFLOAT16
+    assert 1e-4 * rounds <= np.abs(out - want).max() < (0.06 if rounds else 2e-5)
+
+
+@pytest.mark.parametrize("make", [tensor, by_bfloat16])
+def test_attention_to_what_is_broken(make):
+  """a NaN that is hidden would be taken for an answer"""
+  q, k, v = normal(1, 2, 20, 16), normal(1, 2, 300, 16, seed=1), normal(1, 2, 300, 16, seed=2)
+  q[0, 0, 3, 5] = k[0, 1, 200, 0] = np.nan
+  broken = np.isnan(vlm.attention(make(q), tensor(k), tensor(v), 0.25).numpy()).reshape(20, 2, 16)
+  assert broken[3].all() and broken[:, 1].all() and broken.sum() == 16 + 20 * 16
+  k[0, 1, 200, 0], q[0, 0, 3, 5], v[0, 0, 299, 7] = 0, 0, np.nan
+  broken = np.isnan(vlm.attention(make(q), tensor(k), tensor(v), 0.25).numpy()).reshape(20, 2, 16)
+  assert broken[:, 0, 7].all() and broken.sum() == 20
 
 
 @pytest.mark.parametrize("device", ["CPU:X86", "CPU:LLVM"])

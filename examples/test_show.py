@@ -104,8 +104,9 @@ def test_a_batch_is_its_rows_and_nothing_is_left_behind():
     show.contributions(model("toy"), images, ["word " * 9000] * 2)
 
 def test_many_queries_are_watched_once(monkeypatch):
-  """fast.attention() computes parts of them"""
+  """fast.attention() computes parts of them, where that is not a kernel in C"""
   monkeypatch.setattr(vlm.kernels, "CHUNK", 40)
+  monkeypatch.setattr(vlm.kernels, "forward_in_c", lambda x: False)
   monkeypatch.setattr(vlm.kernels, "KEPT", 0)  # a kept program does not know of that
   images, prompts, answers = answered("toy")
   seen = []
