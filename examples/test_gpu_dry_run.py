@@ -148,19 +148,67 @@ for kind in ("float16", "bfloat16", "int8", "int4"):
 """
 
 
+def emulate(arch, code, folder, *words):
+  """-> what code prints on tinygrad's Python device, which plays a GPU: local memory, barriers and tensor cores."""
+  path = os.pathsep.join([str(ROOT), str(ROOT / "examples")])
+  env = os.environ | {"DEV": f"PYTHON::{arch}", "PYTHONPATH": path, "XDG_CACHE_HOME": str(folder)}
+  done = subprocess.run([sys.executable, "-c", code, *words], env=env, capture_output=True, text=True, cwd=folder)
+  assert done.returncode == 0, done.stderr
+  return done.stdout
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("arch", ["sm_80", "METAL"])
 def test_products_emulated(arch, tmp_path):
-  """Local memory, barriers and tensor cores, as tinygrad's Python device plays them."""
-  path = os.pathsep.join([str(ROOT), str(ROOT / "examples")])
-  env = os.environ | {"DEV": f"PYTHON::{arch}", "PYTHONPATH": path, "XDG_CACHE_HOME": str(tmp_path)}
-  command = [sys.executable, "-c", EMULATED]
-  done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
-  assert done.returncode == 0, done.stderr
-  errors = [line.split() for line in done.stdout.splitlines()]
+  errors = [line.split() for line in emulate(arch, EMULATED, tmp_path).splitlines()]
   assert len(errors) == 26
   for rows, error in errors:  # tensor cores take rows of x rounded to bfloat16
     assert float(error) < (1e-6 if int(rows) <= 8 else 0.02)
+
+
+WHOLE = """
+import re
+import sys
+import numpy as np
+from tinygrad import Device
+from tinygrad.runtime.ops_python import PythonAllocator
+import golden, quantize, vlm
+PythonAllocator._offset = lambda self, buf, size, offset: buf[offset:offset + size]
+vlm.kernels.PORTABLE = True
+read = vlm.read_weights
+def weights(folder):
+  # a third of the layers each in bfloat16, int8 and int4
+  arrays = {}
+  for name, w in read(folder).items():
+    layer = re.search(r"layers\\.(\\d)", name)
+    bits = (16, 8, 4)[int(layer[1])] if layer else 16
+    if bits == 16 or not re.search(quantize.CHOSEN, name):
+      arrays[name] = (w.view(np.uint32) + 0x8000 >> 16).astype(np.uint16)
+    else:
+      arrays[name], scale = quantize.quantize(w, bits)
+      arrays[name + "_scale"] = scale.astype(np.float32)
+      words = arrays[name].view(np.uint32)  # see EMULATED
+      words[words & 0x7f800000 == 0x7f800000] &= 0xffffff
+  return arrays
+vlm.read_weights = weights
+picture, _ = golden.pixels(56, 2)
+seen = {}
+for device in Device.DEFAULT, "CPU":
+  m = vlm.load(sys.argv[1], device)
+  token, logits, positions, slot = m.prefix([picture], [golden.PROMPTS[0]], 2)
+  second, next_logits = m.decode(token, slot, positions)
+  seen[device] = [int(token[0]), int(second.numpy()[0])], np.concatenate([logits.numpy(), next_logits.numpy()])
+(ours, logits), (right, exact) = seen.values()
+print(*ours, *right, np.abs(logits - exact).max() / exact.std())
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("arch", ["sm_80", "METAL"])
+def test_a_whole_model_emulated(arch, tmp_path):
+  """Vision, prefill and a step of decoding: the tokens of the CPU, which test_vlm.py compares with transformers."""
+  *tokens, error = emulate(arch, WHOLE, tmp_path, ROOT / "weights" / "tiny1").split()
+  assert tokens[:2] == tokens[2:] and float(error) < 0.1
 
 
 COMPILED = set()  # (GPU, source)
