@@ -669,7 +669,7 @@ def c_attention(q, k, v, scale, mask, softcap):
   K, C = k.shape[1:3]
   rows, inputs = H // K * T, [node.dtype for node in q.uop.toposort() if node.op is Ops.BUFFER]
   short = not PORTABLE and any(kind in (dtypes.uint16, dtypes.int8, dtypes.uint8) for kind in inputs)
-  blocks = -(-rows // 480)
+  blocks = -(-rows // 480)  # the logits of so many stay in the second-level cache
   blocks += -blocks % (THREADS // math.gcd(THREADS, B * K))  # as many for each thread
   srcs = {"x": q * scale, "b": k, "values": v}
   if mask is not None:
