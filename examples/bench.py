@@ -671,8 +671,9 @@ def main(argv):
   else:
     if beside or not tables:
       compare(folder, repeat, args.python, args.beside and args.beside.resolve(), args.peer)
-    for name, values in tables.items():
-      print()
+    for i, (name, values) in enumerate(tables.items()):
+      if beside or i:
+        print()
       TABLES[name](folder, values)
 
 
