@@ -141,5 +141,6 @@ def test_live_the_same_choices_as_transformers(measure, capsys):
 def test_live_8_bits_of_quanto(measure, capsys):
   pytest.importorskip("optimum.quanto")
   assert bench.main([TINY, "--quantized", "--repeat", "1", "--vs", "quanto", "--python", sys.executable]) == 0
-  found = re.search(r"^transformers, int8: vision [\d.]+ s, prefill [\d.]+ s, decode ([\d.]+) s", capsys.readouterr().out, re.M)
+  # of a tiny model prefill, which is what is left of both without vision, may come out below zero
+  found = re.search(r"^transformers, int8: vision [\d.]+ s, prefill -?[\d.]+ s, decode ([\d.]+) s", capsys.readouterr().out, re.M)
   assert float(found[1]) > 0
