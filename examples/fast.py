@@ -667,6 +667,7 @@ def c_attention(q, k, v, scale, mask, softcap):
   """vlm.py's attention, in bfloat16 where the queries come from weights of 16 bits or fewer."""
   B, H, T, d = q.shape
   K, C = k.shape[1:3]
+  # which weights these are vlm.attention is not told: they are among what q is computed from
   rows, inputs = H // K * T, [node.dtype for node in q.uop.toposort() if node.op is Ops.BUFFER]
   short = not PORTABLE and any(kind in (dtypes.uint16, dtypes.int8, dtypes.uint8) for kind in inputs)
   blocks = -(-rows // 480)  # the logits of so many stay in the second-level cache
